@@ -1,0 +1,38 @@
+# `make` alone lists what can be made. Everything runs in .venv/, built on first need.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick check format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/ready ## dense model, capture, training, sparse checkpoint and report on the embedded default
+	dvc repro
+	@cat reports/summary.txt
+
+test: .venv/ready ## every test, the slow ones too
+	$(BIN)/python -m pytest -q
+
+test-quick: .venv/ready ## the tests that take seconds
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+check: .venv/ready ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/ready ## rewrite to the format and fix what lint can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and all unfinished work; outputs and the DVC cache stay
+	rm -rf .venv .scratch .pytest_cache .ruff_cache .hypothesis

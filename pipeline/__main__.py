@@ -1,0 +1,102 @@
+"""The tools beside the stages.
+
+  python -m pipeline compose                         conf/ -> params.yaml
+  python -m pipeline compose --print moe.n_experts=8 the whole configuration with its values
+  python -m pipeline inspect HuggingFaceTB/SmolLM2-135M
+  python -m pipeline inspect ./my-model --json
+  python -m pipeline verify stages                   re-hash every artefact below a folder
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline import command, compose, workdir
+from pipeline.errors import ArtifactError, ConfigError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("sparse-distillation"))
+    tools = parser.add_subparsers(required=True, metavar="tool")
+
+    tool = tools.add_parser("compose", help="write params.yaml from conf/, or print it")
+    tool.add_argument("--print", action="store_true", help="to stdout; params.yaml stays")
+    tool.add_argument("overrides", nargs="*", metavar="key=value")
+    tool.set_defaults(act=lambda a: _compose(a.overrides, a.print))
+
+    tool = tools.add_parser("inspect", help="what a model holds, and what can host its sparse form")
+    tool.add_argument("model", help="hub id or local folder")
+    tool.add_argument("--json", action="store_true", help="only JSON on stdout")
+    tool.add_argument("--revision", help="commit of the hub")
+    tool.set_defaults(act=lambda a: _inspect(a.model, a.revision, a.json))
+
+    tool = tools.add_parser("verify", help="re-hash every artefact below a folder")
+    tool.add_argument("folder", nargs="?", type=Path, default=Path("stages"))
+    tool.set_defaults(act=lambda a: _verify(a.folder))
+
+    args = parser.parse_args(argv)
+    command.exit_with(lambda: args.act(args))
+
+
+def _compose(overrides: list[str], to_stdout: bool) -> None:
+    composed = compose.compose(overrides)
+    compose.checked(composed)
+    if to_stdout:
+        print(compose.to_yaml(composed), end="")
+    elif overrides:
+        raise ConfigError(
+            "params.yaml is written without overrides.",
+            value=" ".join(overrides),
+            rule="params.yaml is what conf/ alone composes to",
+            remedy="make the choice in conf/, use `dvc exp run -S`, or add --print",
+        )
+    else:
+        compose.PARAMS.write_text(compose.to_yaml(composed), encoding="utf-8")
+        print(f"wrote {compose.PARAMS}")
+
+
+def _inspect(model: str, revision: str | None, as_json: bool) -> None:
+    from pipeline import dense, hosts
+
+    described = dense.inspect(model, revision=revision)
+    described["hosts"] = hosts.explain(described)
+    if as_json:
+        print(json.dumps(described, indent=1, sort_keys=True))
+        return
+    print(f"{model}: {described['family']}, {described['parameters']:,} parameters")
+
+
+def _verify(folder: Path) -> None:
+    manifests = sorted(folder.rglob(workdir.MANIFEST))
+    if not manifests:
+        raise ArtifactError(
+            "There is no artefact to verify.",
+            value=folder.absolute(),
+            rule=f"an artefact is a folder with a {workdir.MANIFEST}",
+            remedy="name a folder that holds artefacts, for example stages",
+        )
+    damaged = []
+    for manifest in manifests:
+        try:
+            workdir.verify(manifest.parent)
+            print(f"ok       {manifest.parent}")
+        except ArtifactError as error:
+            damaged.append(str(error.value))
+            print(f"DAMAGED  {manifest.parent}\n{error}")
+    if damaged:
+        raise ArtifactError(
+            f"{len(damaged)} of {len(manifests)} artefacts are damaged.",
+            value="; ".join(damaged),
+            rule="every file has the digest that its manifest recorded",
+            remedy="remove the damaged folders and run `dvc repro`",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Every setting: one definition each, with its unit, and the rules that cross fields.
+
+The values stand in `conf/`; this is their schema. `pipeline.compose` merges the one into the
+other, so an unknown key, a wrong type or a value outside an enum is refused by name.
+Imports neither torch nor transformers: a mistake must be told in a second, not after an import.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from pipeline.errors import ConfigError
+
+SPLITS = ("train", "validation", "heldout", "shifted")
+"""Parts of the text. Everything chosen is chosen on `validation`; only `evaluate` reads the last two."""
+
+CAPTURED_SPLITS = ("train", "validation", "heldout")
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DataSource(Enum):
+    embedded = "embedded"  # the docstrings of the running CPython's standard library
+    hub = "hub"  # a dataset of the Hugging Face hub
+    files = "files"  # local txt, jsonl or parquet files
+
+
+class Codec(Enum):
+    compact = "compact"  # zstd, about 0.69 of the raw bf16 bytes
+    fast = "fast"  # lz4, about 0.75, 2.5 times the encoding speed
+    none = "none"
+
+
+class Init(Enum):
+    auto = "auto"  # copy where the widths match, slice otherwise
+    copy = "copy"  # every expert is the whole dense FFN
+    slice = "slice"  # partition the neurons in groups, replicate the groups
+    random = "random"
+
+
+class RouterInit(Enum):
+    zero = "zero"
+    random = "random"  # normal, standard deviation 0.02
+    ridge = "ridge"  # ridge regression of each expert's true contribution on the input
+
+
+class Host(Enum):
+    auto = "auto"
+    mixtral = "mixtral"
+
+
+class Kernel(Enum):
+    auto = "auto"
+    padded = "padded"  # one batched product, every expert padded to the largest load
+    grouped = "grouped"  # torch's grouped_mm, no padding
+    loop = "loop"  # one expert after the other: the reference
+
+
+class Schedule(Enum):
+    constant = "constant"  # after the warm-up, the seed's
+    cosine = "cosine"  # down to zero at the last step
+
+
+@dataclass
+class EmbeddedModelConfig:
+    """The dense model that is trained here when none is named."""
+
+    vocab_size: int = MISSING  # tokens of the byte-level BPE tokenizer
+    d_model: int = MISSING
+    d_ff: int = MISSING
+    n_layers: int = MISSING
+    n_heads: int = MISSING
+    n_kv_heads: int = MISSING
+    sequence_length: int = MISSING  # tokens per training sequence
+    batch_tokens: int = MISSING  # tokens per step
+    max_steps: int = MISSING
+    learning_rate: float = MISSING  # peak, AdamW
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING
+    evaluate_every: int = MISSING  # steps between validations
+    patience: int = MISSING  # validations without a better one before stopping
+    checkpoint_every: int = MISSING  # steps
+
+
+@dataclass
+class ModelConfig:
+    """The dense model to convert."""
+
+    name: str = MISSING  # for people; a word
+    id: str | None = None  # hub id or local folder; null trains the embedded model
+    revision: str | None = None  # hub commit; required with trust_remote_code
+    dtype: Dtype = MISSING  # of the loaded weights; auto = as stored
+    device_map: str | None = None  # as transformers takes it
+    trust_remote_code: bool = MISSING
+    layers: list[int] = MISSING  # layers to convert, indices from 0
+    embedded: EmbeddedModelConfig | None = None
+
+
+@dataclass
+class TokensConfig:
+    """Token budgets, one per split. A corpus may hold fewer; the report says how many were used."""
+
+    train: int = MISSING
+    validation: int = MISSING
+    heldout: int = MISSING
+    shifted: int = MISSING
+
+
+@dataclass
+class DataConfig:
+    """The text that the dense model reads while its activations are captured."""
+
+    source: DataSource = MISSING
+    dataset: str | None = None  # source=hub: its id
+    subset: str | None = None  # source=hub: the dataset's configuration
+    revision: str | None = None  # source=hub: commit
+    split: str = MISSING  # source=hub: which of its splits is read
+    streaming: bool = MISSING  # source=hub: read no further than the token budget
+    files: list[str] = MISSING  # source=files: paths or globs
+    shifted_files: list[str] = MISSING  # another domain; empty = the standard library's source
+    text_column: str = MISSING
+    sequence_length: int = MISSING  # tokens per packed block
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+
+
+@dataclass
+class CaptureConfig:
+    """The activation store."""
+
+    dtype: Dtype = MISSING  # as stored; auto = bfloat16 unless the model is float16
+    codec: Codec = MISSING
+    shard_mb: float = MISSING  # raw megabytes per shard and array
+    chunk_mb: float = MISSING  # raw megabytes per chunk
+    batch_size: int = MISSING  # sequences per forward pass
+    heldout_tokens: int = MISSING  # the per-layer metrics need fewer than perplexity
+
+
+@dataclass
+class MoEConfig:
+    """The sparse layer that takes the place of each dense FFN."""
+
+    n_experts: int = MISSING
+    top_k: int = MISSING  # experts run per token
+    d_ff_expert: int | float | None = MISSING  # null = d_ff; float in (0, 1] = fraction of it; int >= 8 = neurons
+    init_from_dense: bool = MISSING  # false = init: random
+    init: Init = MISSING
+    init_noise: float = MISSING  # of each weight's standard deviation, on replicated experts
+    virtual_groups: bool = MISSING  # the slices of one replica share their router row
+    router_init: RouterInit = MISSING
+    host: Host = MISSING  # architecture to export to; fixes the router function
+
+
+@dataclass
+class TrainConfig:
+    """How one layer is fitted to its own store."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING  # tokens per step
+    learning_rate: float = MISSING  # experts
+    router_learning_rate: float | None = None  # null = learning_rate
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING
+    schedule: Schedule = MISSING
+    grad_clip: float = MISSING  # largest global gradient norm
+    normalize_mse: bool = MISSING  # divide by the variance of the target; false = the seed's formula
+    use_cosine_loss: bool = MISSING
+    cosine_loss_weight: float = MISSING
+    load_balance_coef: float = MISSING
+    router_z_coef: float = MISSING
+    evaluate_every: int = MISSING  # steps between validations
+    checkpoint_every: int = MISSING  # steps between checkpoints to continue from
+    stream: bool = MISSING  # read shuffled chunks instead of holding the split in memory
+    dtype: Dtype = MISSING  # of the matrix products; weights and optimizer are float32
+    kernel: Kernel = MISSING
+
+
+@dataclass
+class ConvertConfig:
+    """The assembly; the three paths are for running it alone."""
+
+    dense: str | None = None  # hub id or folder; null = the DAG's dense model
+    revision: str | None = None
+    layers: str | None = None  # folder that holds layer_K/; null = stages/train
+    output: str | None = None  # folder of the sparse checkpoint; null = stages/convert
+    max_shard_size: str = "2GB"  # of each safetensors file
+    tolerance: float = 1e-3  # largest logit difference, relative to the largest logit
+
+
+@dataclass
+class EvaluateConfig:
+    batch_size: int = MISSING  # sequences per forward pass
+    prompt: str = MISSING  # the sample generations continue it
+    new_tokens: int = MISSING  # length of a sample generation
+
+
+@dataclass
+class RuntimeConfig:
+    """How, not what: none of these belongs to a fingerprint."""
+
+    device: Device = Device.auto
+    threads: int | None = None  # of torch on the CPU; null = one per physical core
+    lock_wait_s: float = 600.0  # seconds to wait for another run on the same output
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+# Smallest and largest allowed value of every number; None = no bound.
+RANGES: dict[str, tuple[float | None, float | None]] = {
+    "seed": (0, 2**63 - 1),
+    "model.embedded.vocab_size": (300, None),
+    "model.embedded.d_model": (8, None),
+    "model.embedded.d_ff": (8, None),
+    "model.embedded.n_layers": (1, None),
+    "model.embedded.n_heads": (1, None),
+    "model.embedded.n_kv_heads": (1, None),
+    "model.embedded.sequence_length": (2, None),
+    "model.embedded.batch_tokens": (2, None),
+    "model.embedded.max_steps": (1, None),
+    "model.embedded.learning_rate": (0, None),
+    "model.embedded.weight_decay": (0, None),
+    "model.embedded.warmup_steps": (0, None),
+    "model.embedded.evaluate_every": (1, None),
+    "model.embedded.patience": (1, None),
+    "model.embedded.checkpoint_every": (1, None),
+    "data.sequence_length": (2, None),
+    "data.tokens.train": (1, None),
+    "data.tokens.validation": (1, None),
+    "data.tokens.heldout": (1, None),
+    "data.tokens.shifted": (1, None),
+    "capture.shard_mb": (0.001, None),
+    "capture.chunk_mb": (0.001, None),
+    "capture.batch_size": (1, None),
+    "capture.heldout_tokens": (1, None),
+    "moe.n_experts": (1, None),
+    "moe.top_k": (1, None),
+    "moe.d_ff_expert": (0, None),
+    "moe.init_noise": (0, None),
+    "train.epochs": (0, None),
+    "train.batch_size": (1, None),
+    "train.learning_rate": (0, None),
+    "train.router_learning_rate": (0, None),
+    "train.weight_decay": (0, None),
+    "train.warmup_steps": (0, None),
+    "train.grad_clip": (0, None),
+    "train.cosine_loss_weight": (0, None),
+    "train.load_balance_coef": (0, None),
+    "train.router_z_coef": (0, None),
+    "train.evaluate_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "convert.tolerance": (0, None),
+    "evaluate.batch_size": (1, None),
+    "evaluate.new_tokens": (0, None),
+    "runtime.threads": (1, None),
+    "runtime.lock_wait_s": (0, None),
+}
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a configuration dataclass by its dotted key; lists are leaves."""
+    if not is_dataclass(value):
+        return {path: value}
+    found: dict[str, Any] = {}
+    for f in fields(value):
+        found |= leaves(getattr(value, f.name), f"{path}.{f.name}" if path else f.name)
+    return found
+
+
+def select(cfg: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """The leaves at or below `keys` as plain JSON values: what a fingerprint covers."""
+    wanted = tuple(keys)
+    chosen = {}
+    for key, value in leaves(cfg).items():
+        if any(key == k or key.startswith(f"{k}.") for k in wanted):
+            chosen[key] = value.name if isinstance(value, Enum) else value
+    return chosen
+
+
+def validate(cfg: Config) -> None:
+    """Check what types cannot; raises `ConfigError`."""
+    for key, value in leaves(cfg).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(key, value)
+    if cfg.moe.top_k > cfg.moe.n_experts:
+        raise ConfigError(
+            "More experts per token than there are experts.",
+            value=f"moe.top_k={cfg.moe.top_k}, moe.n_experts={cfg.moe.n_experts}",
+            rule="moe.top_k <= moe.n_experts",
+            remedy=f"set moe.top_k={cfg.moe.n_experts} or less",
+        )
+    _check_layers(cfg.model.layers)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.model.name):
+        raise ConfigError(
+            "model.name is not a plain word.",
+            value=cfg.model.name,
+            rule="letters, digits, '.', '_' and '-', beginning with a letter or a digit",
+            remedy="choose another model.name",
+        )
+    if (cfg.model.id is None) == (cfg.model.embedded is None):
+        raise ConfigError(
+            "It is not clear which dense model is meant.",
+            value=f"model.id={cfg.model.id}, model.embedded={'given' if cfg.model.embedded else None}",
+            rule="either model.id names a model, or model.embedded says how to train one",
+            remedy="choose model=tiny, or model=pretrained model.id=<hub id or folder>",
+        )
+    _check_source(cfg.data)
+
+
+def _check_number(key: str, value: float) -> None:
+    low, high = RANGES[key]
+    inside = math.isfinite(value) and (low is None or value >= low)
+    if not inside or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(
+            f"{key} is out of range.",
+            value=value,
+            rule=f"a finite number, {bounds}",
+            remedy=f"set {key} within its range",
+        )
+
+
+def _check_layers(layers: list[int]) -> None:
+    if not layers or sorted(set(layers)) != sorted(layers) or min(layers) < 0:
+        raise ConfigError(
+            "model.layers is not a set of layers.",
+            value=layers,
+            rule="at least one index, none twice, counted from 0",
+            remedy="list each layer to convert once, for example model.layers=[0,1,2,3]",
+        )
+
+
+def _check_source(data: DataConfig) -> None:
+    needed = {DataSource.hub: ("dataset", data.dataset), DataSource.files: ("files", data.files)}
+    name, value = needed.get(data.source, ("", True))
+    if not value:
+        raise ConfigError(
+            f"data.source={data.source.name} names nothing to read.",
+            value=f"data.{name}={value}",
+            rule=f"data.{name} is needed with data.source={data.source.name}",
+            remedy=f"set data.{name}",
+        )

@@ -1,0 +1,48 @@
+"""The four ways a run can be refused, one exit code each.
+
+Every message names what failed, the offending value, the rule and the remedy. Anything that is
+not one of these is a defect of ours and keeps its traceback.
+"""
+
+
+class PipelineError(Exception):
+    """A refusal that the user can act on.
+
+    Args:
+        what: what failed, in one sentence.
+        value: the offending value, if there is one.
+        rule: what is allowed.
+        remedy: what to do, as a command where there is one.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, rule: str, remedy: str, value: object = None) -> None:
+        self.what, self.value, self.rule, self.remedy = what, value, rule, remedy
+        rows = [("value", value), ("rule", rule), ("remedy", remedy)]
+        shown = [f"  {name + ':':<8}{text}" for name, text in rows if text is not None]
+        super().__init__("\n".join([what, *shown]))
+
+
+class ConfigError(PipelineError):
+    """The configuration breaks a rule."""
+
+    exit_code = 2
+
+
+class InputError(PipelineError):
+    """The model or the data cannot be used."""
+
+    exit_code = 3
+
+
+class ResourceError(PipelineError):
+    """Disk, memory, a lock or a permission is missing."""
+
+    exit_code = 4
+
+
+class ArtifactError(PipelineError):
+    """An artefact is corrupt, incomplete, or belongs to another configuration."""
+
+    exit_code = 5

@@ -1,0 +1,94 @@
+"""A dense FFN as plain tensors: the formula that every sparse layer is measured against.
+
+`y = down_proj(act(gate_proj x) * (up_proj x))`, or `y = down_proj(act(up_proj x))` where there is
+no gate. Kept apart from transformers, so that a layer can be trained where only torch is installed.
+
+Shapes: T tokens, D d_model, F d_ff.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.errors import InputError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+"""Activation functions by the name under which they are stored."""
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function stored under `name`; `InputError` when it is not one of ours."""
+    if name not in ACTIVATIONS:
+        raise InputError(
+            "The FFN's activation function is not known.",
+            value=name,
+            rule=f"one of {', '.join(sorted(ACTIVATIONS))}",
+            remedy="add it to ACTIVATIONS in pipeline/ffn.py",
+        )
+    return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """The weights of one dense FFN, all of one dtype on one device."""
+
+    up_proj: Tensor  # (F, D)
+    down_proj: Tensor  # (D, F)
+    gate_proj: Tensor | None = None  # (F, D)
+    up_bias: Tensor | None = None  # (F,)
+    down_bias: Tensor | None = None  # (D,)
+    gate_bias: Tensor | None = None  # (F,)
+    activation: str = "silu"
+
+    @property
+    def d_model(self) -> int:
+        return self.up_proj.shape[1]
+
+    @property
+    def d_ff(self) -> int:
+        return self.up_proj.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that this FFN has, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "DenseFFN":
+        moved = {name: t.to(device, dtype) for name, t in self.tensors().items()}
+        return DenseFFN(**moved, activation=self.activation)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, F): each neuron's activation, the input of `down_proj`."""
+        act = activation(self.activation)
+        up = F.linear(x, self.up_proj, self.up_bias)
+        if self.gate_proj is None:
+            return act(up)
+        return act(F.linear(x, self.gate_proj, self.gate_bias)) * up
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return F.linear(self.hidden(x), self.down_proj, self.down_bias)
+
+    def save(self, path: Path) -> None:
+        tensors = {name: t.contiguous() for name, t in self.tensors().items()}
+        save_file(tensors, path, metadata={"activation": self.activation})
+
+    @classmethod
+    def load(cls, path: Path) -> "DenseFFN":
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return cls(**tensors, activation=file.metadata()["activation"])

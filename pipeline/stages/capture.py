@@ -1,0 +1,67 @@
+"""Run the dense model once and keep every FFN's input and output.
+
+Reads:  the dense model, stages/tokens
+Writes: stages/capture/layer_K.zarr and stages/capture/ffn_K.safetensors for each of model.layers
+Cost:   one forward pass over the tokens; `tokens x layers x 2 x d_model x 2` bytes / 1.45 on disk
+Run:    python -m pipeline.stages.capture [key=value ...]
+"""
+
+from pathlib import Path
+
+from pipeline import command, runtime, workdir
+from pipeline.config import CAPTURED_SPLITS, Config, select
+from pipeline.stages import CAPTURE, DENSE, TOKENS
+
+PARAMS = (
+    "capture",
+    "model.id",
+    "model.dtype",
+    "model.device_map",
+    "model.trust_remote_code",
+    "model.layers",
+)
+
+
+def run(cfg: Config) -> None:
+    inputs = {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
+
+    def compute(folder: Path) -> None:
+        from pipeline import capture, corpus, dense, record
+
+        source, revision = record.source(cfg.model, DENSE)
+        model = dense.load_model(
+            source,
+            revision=revision,
+            dtype=cfg.model.dtype.name,
+            device_map=cfg.model.device_map,
+            trust_remote_code=cfg.model.trust_remote_code,
+        )
+        if cfg.model.device_map is None:
+            model = model.to(runtime.pick_device(cfg.runtime))
+        blocks = {split: corpus.read_blocks(TOKENS, split) for split in CAPTURED_SPLITS}
+        kept = max(1, cfg.capture.heldout_tokens // blocks["heldout"].shape[1])
+        blocks["heldout"] = blocks["heldout"][:kept]
+        with runtime.progress("capture") as progress:
+            capture.capture_activations(
+                model,
+                blocks,
+                folder,
+                layers=cfg.model.layers,
+                cfg=cfg.capture,
+                dtype=capture.stored_dtype(cfg.capture.dtype, model.dtype),
+                attributes=inputs,
+                progress=progress,
+            )
+
+    workdir.produce(
+        CAPTURE,
+        module="pipeline.stages.capture",
+        settings=select(cfg, PARAMS),
+        inputs=inputs,
+        compute=compute,
+        lock_wait_s=cfg.runtime.lock_wait_s,
+    )
+
+
+if __name__ == "__main__":
+    command.stage(run, __doc__)

@@ -1,0 +1,71 @@
+"""The dense model: trained here from the standard library's docstrings, or resolved and recorded.
+
+Reads:  `model`; for the embedded default the `train` and `validation` parts of its text
+Writes: stages/dense/dense.json, and for the embedded default stages/dense/model/
+Cost:   the embedded default about two minutes; another model one reading of its files
+Run:    python -m pipeline.stages.dense [key=value ...]
+"""
+
+from pathlib import Path
+
+from pipeline import command, runtime, workdir
+from pipeline.config import Config, select
+from pipeline.record import EMBEDDED, RECORD
+from pipeline.stages import DENSE
+
+PARAMS = (
+    "seed",
+    "model.name",
+    "model.id",
+    "model.revision",
+    "model.dtype",
+    "model.trust_remote_code",
+    "model.embedded",
+)
+
+
+def run(cfg: Config) -> None:
+    def compute(folder: Path) -> None:
+        from pipeline import dense
+
+        source = cfg.model.id or str(folder / EMBEDDED)
+        if cfg.model.embedded:
+            _train_embedded(cfg, folder / EMBEDDED)
+        described = dense.inspect(
+            source,
+            revision=cfg.model.revision,
+            dtype=cfg.model.dtype.name,
+            trust_remote_code=cfg.model.trust_remote_code,
+        )
+        workdir.write_json(folder / RECORD, {"name": cfg.model.name, **described})
+
+    workdir.produce(
+        DENSE,
+        module="pipeline.stages.dense",
+        settings=select(cfg, PARAMS),
+        inputs={},
+        compute=compute,
+        lock_wait_s=cfg.runtime.lock_wait_s,
+    )
+
+
+def _train_embedded(cfg: Config, folder: Path) -> None:
+    from pipeline import corpus, pretrain
+
+    assert cfg.model.embedded
+    splits = corpus.split(corpus.embedded_documents())
+    device = runtime.pick_device(cfg.runtime)
+    with runtime.progress("dense") as progress:
+        pretrain.train(
+            cfg.model.embedded,
+            splits,
+            folder,
+            seed=cfg.seed,
+            device=device,
+            dtype=runtime.pick_dtype(cfg.model.dtype, device),
+            progress=progress,
+        )
+
+
+if __name__ == "__main__":
+    command.stage(run, __doc__)

@@ -1,0 +1,41 @@
+"""Text to packed token blocks, in splits that share no document.
+
+Reads:  the text that `data` names; the tokenizer of stages/dense
+Writes: stages/tokens/{train,validation,heldout,shifted}.safetensors, tokens.json
+Cost:   seconds per megabyte of text
+Run:    python -m pipeline.stages.tokens [key=value ...]
+"""
+
+from pathlib import Path
+
+from pipeline import command, workdir
+from pipeline.config import Config, select
+from pipeline.stages import DENSE, TOKENS
+
+PARAMS = ("data", "model.id", "model.trust_remote_code")
+
+
+def run(cfg: Config) -> None:
+    from pipeline import record
+
+    def compute(folder: Path) -> None:
+        from pipeline import corpus, dense
+
+        source, revision = record.source(cfg.model, DENSE)
+        tokenizer = dense.load_tokenizer(
+            source, revision=revision, trust_remote_code=cfg.model.trust_remote_code
+        )
+        corpus.write_blocks(cfg.data, tokenizer, folder)
+
+    workdir.produce(
+        TOKENS,
+        module="pipeline.stages.tokens",
+        settings=select(cfg, PARAMS),
+        inputs={"dense": workdir.digest(DENSE)},
+        compute=compute,
+        lock_wait_s=cfg.runtime.lock_wait_s,
+    )
+
+
+if __name__ == "__main__":
+    command.stage(run, __doc__)

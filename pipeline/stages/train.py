@@ -1,0 +1,71 @@
+"""Fit one layer's MoE to that layer's own activations; independent of every other layer.
+
+Reads:  stages/capture/layer_K.zarr, stages/capture/ffn_K.safetensors, stages/budget/layer_K.json
+Writes: stages/train/layer_K/{layer.safetensors, config.json, history.csv}
+Cost:   epochs x tokens x 9 x 2 x top_k x d_ff_expert x d_model FLOPs; the layer in memory
+Run:    python -m pipeline.stages.train --layer K [key=value ...]
+"""
+
+from pathlib import Path
+
+from pipeline import command, runtime, workdir
+from pipeline.config import Config, select
+from pipeline.stages import BUDGET, CAPTURE, TRAIN
+
+PARAMS = (
+    "seed",
+    "train",
+    "moe.init_from_dense",
+    "moe.init",
+    "moe.init_noise",
+    "moe.virtual_groups",
+    "moe.router_init",
+)
+
+
+def run(cfg: Config, layer: int) -> None:
+    store, ffn = CAPTURE / f"layer_{layer}.zarr", CAPTURE / f"ffn_{layer}.safetensors"
+    shape = BUDGET / f"layer_{layer}.json"
+
+    def compute(folder: Path) -> None:
+        from pipeline import training
+        from pipeline.ffn import DenseFFN
+        from pipeline.store import LayerReader
+
+        device = runtime.pick_device(cfg.runtime)
+        with runtime.progress(f"train layer {layer}") as progress:
+            training.train_layer(
+                LayerReader(store),
+                DenseFFN.load(ffn),
+                workdir.read_json(shape),
+                folder,
+                moe_cfg=cfg.moe,
+                cfg=cfg.train,
+                seed=cfg.seed,
+                device=device,
+                dtype=runtime.pick_dtype(cfg.train.dtype, device),
+                progress=progress,
+            )
+
+    workdir.produce(
+        TRAIN / f"layer_{layer}",
+        module="pipeline.stages.train",
+        settings=select(cfg, PARAMS),
+        inputs={
+            "store": store_digest(store),
+            "ffn": workdir.file_digest(ffn),
+            "shape": workdir.file_digest(shape),
+        },
+        compute=compute,
+        lock_wait_s=cfg.runtime.lock_wait_s,
+    )
+
+
+def store_digest(path: Path) -> str:
+    from pipeline.store import LayerReader
+
+    return LayerReader(path).digest()
+
+
+if __name__ == "__main__":
+    command.stage(run, __doc__)
