@@ -12,14 +12,25 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pipeline import compose, runtime
-from pipeline.config import Config
+from pipeline.config import Config, ConvertConfig, RuntimeConfig
 from pipeline.errors import PipelineError, ResourceError
 
+PATHS = ("convert.dense=", "convert.layers=", "convert.output=")
 RESOURCE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
 
 
-def stage(run: Callable[..., None], doc: str | None, argv: list[str] | None = None) -> NoReturn:
-    """Run one stage as a command; `run` takes the configuration, and the layer if it has one."""
+def stage(
+    run: Callable[..., None],
+    doc: str | None,
+    alone: Callable[[ConvertConfig, RuntimeConfig], None] | None = None,
+) -> NoReturn:
+    """Run one stage as a command.
+
+    Args:
+        run: takes the configuration, and the layer if it has one.
+        alone: runs instead when one of `convert.dense`, `convert.layers` and `convert.output` is
+            given: from the command line only, wherever that is.
+    """
     per_layer = "layer" in run.__annotations__
     parser = argparse.ArgumentParser(
         prog=f"python -m {run.__module__ if run.__module__ != '__main__' else _main_name()}",
@@ -34,9 +45,19 @@ def stage(run: Callable[..., None], doc: str | None, argv: list[str] | None = No
         metavar="key=value",
         help="settings of conf/, as Hydra takes them; refused under DVC",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     extra = {"layer": args.layer} if per_layer else {}
+    if alone and any(o.startswith(PATHS) for o in args.overrides):
+        exit_with(lambda: _alone(alone, args.overrides))
     exit_with(lambda: _configured(run, args.overrides, extra))
+
+
+def _alone(
+    run: Callable[[ConvertConfig, RuntimeConfig], None], overrides: list[str]
+) -> None:
+    cfg, how = compose.standalone(overrides)
+    runtime.configure(how)
+    run(cfg, how)
 
 
 def _configured(run: Callable[..., None], overrides: list[str], extra: dict[str, Any]) -> None:

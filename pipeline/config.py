@@ -330,6 +330,13 @@ def validate(cfg: Config) -> None:
             remedy="choose model=tiny, or model=pretrained model.id=<hub id or folder>",
         )
     _check_source(cfg.data)
+    if cfg.convert.dense or cfg.convert.layers or cfg.convert.output:
+        raise ConfigError(
+            "The paths of a conversion on its own stand in the configuration.",
+            value=f"dense={cfg.convert.dense}, layers={cfg.convert.layers}",
+            rule="convert.dense, convert.layers and convert.output are null in conf/",
+            remedy="give them on the command line of `python -m pipeline.stages.convert`",
+        )
 
 
 def _check_number(key: str, value: float) -> None:

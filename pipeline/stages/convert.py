@@ -1,0 +1,124 @@
+"""Put the trained layers in the dense model's place and save a checkpoint that stands on its own.
+
+Inside the DAG it reads the stages before it. Alone, it needs three paths and nothing else: no DVC,
+no conf/, no other stage; each layer's folder records what it needs.
+
+Reads:  the dense model; stages/train/layer_K, or stages/heal/layer_K where a layer was healed
+Writes: stages/convert: config, safetensors, tokenizer, generation config
+Cost:   the dense weights once through memory, and one reload in a fresh process
+Run:    python -m pipeline.stages.convert [key=value ...]
+        python -m pipeline.stages.convert convert.dense=<id or folder> convert.layers=<folder> \\
+            convert.output=<folder>
+"""
+
+import shutil
+from pathlib import Path
+
+from pipeline import command, record, runtime, workdir
+from pipeline.config import Config, ConvertConfig, RuntimeConfig, select
+from pipeline.errors import ConfigError, InputError
+from pipeline.stages import CONVERT, DENSE, HEAL, TRAIN
+
+PARAMS = (
+    "convert",
+    "model.id",
+    "model.dtype",
+    "model.device_map",
+    "model.trust_remote_code",
+    "model.layers",
+)
+
+
+def run(cfg: Config) -> None:
+    healed = workdir.read_json(HEAL / "healed.json")["layers"]
+    layers = {k: (HEAL if k in healed else TRAIN) / f"layer_{k}" for k in cfg.model.layers}
+
+    def compute(folder: Path) -> None:
+        from pipeline import checkpoint
+
+        source, revision = record.source(cfg.model, DENSE)
+        checkpoint.assemble(
+            source,
+            layers,
+            folder,
+            revision=revision,
+            dtype=cfg.model.dtype.name,
+            device_map=cfg.model.device_map,
+            trust_remote_code=cfg.model.trust_remote_code,
+            device=runtime.pick_device(cfg.runtime),
+            max_shard_size=cfg.convert.max_shard_size,
+            tolerance=cfg.convert.tolerance,
+        )
+
+    workdir.produce(
+        CONVERT,
+        module="pipeline.stages.convert",
+        settings=select(cfg, PARAMS),
+        inputs={
+            "dense": workdir.digest(DENSE),
+            **{f"layer_{k}": workdir.digest(folder) for k, folder in layers.items()},
+        },
+        compute=compute,
+        lock_wait_s=cfg.runtime.lock_wait_s,
+    )
+
+
+def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
+    """Convert from three paths; the output folder holds the same files as inside the DAG."""
+    missing = [name for name in ("dense", "layers", "output") if getattr(cfg, name) is None]
+    if missing:
+        raise ConfigError(
+            "A conversion on its own needs three paths.",
+            value=", ".join(f"convert.{name}=null" for name in missing),
+            rule="convert.dense, convert.layers and convert.output are given together",
+            remedy=f"add {' '.join(f'convert.{name}=...' for name in missing)}",
+        )
+    assert cfg.dense and cfg.layers and cfg.output
+    dense, output = cfg.dense, Path(cfg.output)
+    folders = layer_folders(Path(cfg.layers))
+
+    def compute(folder: Path) -> None:
+        from pipeline import checkpoint
+
+        checkpoint.assemble(
+            dense,
+            folders,
+            folder,
+            revision=cfg.revision,
+            device=runtime.pick_device(how),
+            max_shard_size=cfg.max_shard_size,
+            tolerance=cfg.tolerance,
+        )
+
+    scratch = output.parent / f".{output.name}.scratch"
+    workdir.produce(
+        output,
+        module="pipeline.stages.convert",
+        settings={"max_shard_size": cfg.max_shard_size, "tolerance": cfg.tolerance},
+        inputs={
+            "dense": dense,
+            **{f"layer_{k}": workdir.digest(folder) for k, folder in folders.items()},
+        },
+        compute=compute,
+        lock_wait_s=how.lock_wait_s,
+        scratch=scratch,
+    )
+    shutil.rmtree(scratch)
+
+
+def layer_folders(folder: Path) -> dict[int, Path]:
+    """Every `layer_K` below `folder`, by K."""
+    named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
+    found = {int(k): p for k, p in named.items() if k.isdigit()}
+    if not found:
+        raise InputError(
+            "There are no trained layers.",
+            value=folder.absolute(),
+            rule="convert.layers is a folder that holds layer_0, layer_1, ...",
+            remedy="name the folder that `train` wrote, stages/train",
+        )
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    command.stage(run, __doc__, alone=run_alone)

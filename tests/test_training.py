@@ -1,0 +1,1 @@
+"""Training one layer: it learns, resumes exactly, and never ends worse than it began."""

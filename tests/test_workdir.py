@@ -1,0 +1,147 @@
+"""Nothing half-written looks finished, and finished work is found again."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pipeline import workdir
+from pipeline.errors import ArtifactError, ResourceError
+
+MODULE = "pipeline.errors"
+
+
+def produce(out: Path, compute=None, **changes):
+    calls = []
+
+    def default(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "a.txt").write_text("content")
+
+    arguments = {"settings": {"seed": 0}, "inputs": {"x": "1"}, "lock_wait_s": 0.2} | changes
+    workdir.produce(out, module=MODULE, compute=compute or default, **arguments)
+    return calls
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return Path("stages/thing")
+
+
+def test_equal_work_is_computed_once_and_adopted_after(out: Path):
+    assert len(produce(out)) == 1
+    shutil.rmtree(out)
+    assert produce(out) == []
+    assert (out / "a.txt").read_text() == "content"
+
+
+@pytest.mark.parametrize("change", [{"settings": {"seed": 1}}, {"inputs": {"x": "2"}}])
+def test_other_settings_or_inputs_are_other_work(out: Path, change: dict):
+    produce(out)
+    assert len(produce(out, **change)) == 1
+
+
+def test_work_is_found_again_from_another_folder(out: Path, tmp_path: Path, monkeypatch):
+    produce(out)
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert produce(out) == []
+
+
+def test_an_interrupted_computation_publishes_nothing_and_finds_its_folder_again(out: Path):
+    def interrupted(folder: Path) -> None:
+        (folder / "checkpoint").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce(out, interrupted)
+    assert not out.exists()
+    seen = []
+    produce(out, lambda folder: seen.append((folder / "checkpoint").read_text()))
+    assert seen == ["half"]
+
+
+def test_publishing_replaces_and_never_edits(out: Path):
+    produce(out)
+    before = (out / "a.txt").stat().st_ino
+    kept = out.parent.parent / "kept"
+    os.link(out / "a.txt", kept)
+    produce(out, lambda folder: (folder / "a.txt").write_text("other"), settings={"seed": 2})
+    assert (out / "a.txt").read_text() == "other" and kept.read_text() == "content"
+    assert (out / "a.txt").stat().st_ino != before
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "add", "truncate"])
+def test_verify_names_the_damaged_file(out: Path, damage: str):
+    produce(out)
+    work = next((Path(".scratch") / "thing").iterdir())
+    shutil.copytree(work, "copy")
+    target = Path("copy/a.txt")
+    if damage == "flip":
+        target.write_text("contenu")
+    elif damage == "remove":
+        target.unlink()
+    elif damage == "truncate":
+        target.write_text("")
+    else:
+        target = Path("copy/b.txt")
+        target.write_text("foreign")
+    with pytest.raises(ArtifactError, match=target.name):
+        workdir.verify(Path("copy"))
+
+
+def test_damaged_finished_work_is_computed_again(out: Path):
+    produce(out)
+    shutil.rmtree(out)
+    work = next((Path(".scratch") / "thing").iterdir())
+    (work / "a.txt").write_text("contenu")
+    assert len(produce(out)) == 1
+    assert (out / "a.txt").read_text() == "content"
+
+
+def test_a_second_run_waits_and_then_names_the_holder(out: Path, tmp_path: Path):
+    with workdir.lock(tmp_path / ".scratch" / "locks" / "thing", 1):
+        with pytest.raises(ResourceError, match=f"pid {os.getpid()}"):
+            produce(out)
+    assert len(produce(out)) == 1
+
+
+def test_a_lock_dies_with_its_process(out: Path, tmp_path: Path):
+    code = f"""
+        import time
+        from pathlib import Path
+        from pipeline import workdir
+        with workdir.lock(Path({str(tmp_path)!r}) / ".scratch/locks/thing", 1):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout and child.stdout.readline() == "held\n"
+        with pytest.raises(ResourceError, match=f"pid {child.pid}"):
+            produce(out)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert len(produce(out)) == 1
+
+
+def test_manifests_of_equal_work_are_equal_bytes(out: Path):
+    produce(out)
+    first = (out / workdir.MANIFEST).read_bytes()
+    shutil.rmtree(".scratch")
+    produce(out)
+    assert (out / workdir.MANIFEST).read_bytes() == first
+
+
+def test_the_import_closure_follows_imports_inside_functions():
+    closure = {path.name for path in workdir.import_closure("pipeline.stages.train")}
+    assert {"training.py", "store.py", "moe.py", "config.py"} <= closure
+    assert not {"report.py", "corpus.py", "checkpoint.py"} & closure
