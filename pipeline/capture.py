@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.activations import record_ffn
 from pipeline.config import CaptureConfig
-from pipeline.dense import find_ffns
+from pipeline.dense import check_layers, find_ffns
 from pipeline.runtime import Progress, silent
 from pipeline.store import LayerReader, LayerWriter
 
@@ -39,6 +39,7 @@ def capture_activations(
     """
     sequence_length = next(iter(blocks.values())).shape[1]
     slots = {slot.index: slot for slot in find_ffns(model)}
+    check_layers(list(layers), len(slots))
     writers = {}
     for layer in layers:
         weights = slots[layer].weights()
@@ -59,7 +60,11 @@ def capture_activations(
         committed = {layer: w.committed(split) for layer, w in writers.items()}
         for k in range(max(w.n_shards[split] for w in writers.values())):
             missing = {layer: w for layer, w in writers.items() if k not in committed[layer]}
-            done += _capture_shard(model, tokens, split, k, missing, cfg.batch_size, dtype)
+            hooked = {layer: slots[layer].module for layer in missing}
+            with record_ffn(hooked) as recorded:
+                done += _capture_shard(
+                    model, tokens, split, k, missing, recorded, cfg.batch_size, dtype
+                )
             progress(done, total, f"tokens ({split})")
     for layer in layers:
         LayerReader(folder / f"layer_{layer}.zarr")
@@ -71,6 +76,7 @@ def _capture_shard(
     split: str,
     k: int,
     writers: Mapping[int, LayerWriter],
+    recorded: Mapping[int, tuple[Tensor, Tensor]],
     batch_size: int,
     dtype: torch.dtype,
 ) -> int:
@@ -83,7 +89,7 @@ def _capture_shard(
     sequences = tokens[k * per_shard : (k + 1) * per_shard]
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in writers}
     device = next(model.parameters()).device
-    with torch.inference_mode(), record_ffn(model, list(writers)) as recorded:
+    with torch.inference_mode():
         for batch in sequences.split(batch_size):
             model(input_ids=batch.to(device), use_cache=False)
             for layer, (x, y) in recorded.items():

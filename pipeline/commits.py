@@ -1,0 +1,178 @@
+"""What a layer's store has to hold, and the commits that prove that it does.
+
+A commit is written when both arrays of a shard are durable. It records the rows of the shard, and
+size and crc32c of everything that those rows are read by: the two shard files and the `zarr.json`
+above them. It carries its own checksum. So a store is complete when every shard has a commit, and
+a byte that changes anywhere below it is found.
+
+The chunks' own checksums are recorded too: data followed by its crc32c always leaves the same
+remainder, so that of a whole shard depends on the lengths of its chunks and not on what is in
+them. It finds a damaged shard, but not a sound one in another's place.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+
+from pipeline.config import Codec
+from pipeline.shards import chunk_checksums, damaged, file_checksum, shard_key
+from pipeline.workdir import read_json, write_json
+
+FORMAT_VERSION = 1
+ARRAYS = ("input", "output")
+FOLDER = "commits"
+
+Commit = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The settings of a store, and every file that follows from them."""
+
+    rows: dict[str, int]  # tokens per split
+    d_model: int
+    dtype: torch.dtype
+    sequence_length: int
+    codec: Codec
+    chunk_rows: int
+    shard_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.d_model * self.dtype.itemsize
+
+    def n_chunks(self, split: str) -> int:
+        return -(-self.rows[split] // self.chunk_rows)
+
+    def n_shards(self, split: str) -> int:
+        return -(-self.rows[split] // self.shard_rows)
+
+    def shard_range(self, split: str, k: int) -> tuple[int, int]:
+        """First row of shard k, and the one after its last; the last shard may be short."""
+        return k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows[split])
+
+    def shard_files(self, split: str, k: int) -> list[str]:
+        return [f"{split}/{array}/{shard_key(k)}" for array in ARRAYS]
+
+    def metadata_files(self, split: str) -> list[str]:
+        arrays = [f"{split}/{array}/zarr.json" for array in ARRAYS]
+        return ["zarr.json", f"{split}/zarr.json", *arrays]
+
+    def attributes(self, capture: dict[str, Any]) -> dict[str, Any]:
+        """Attributes of the root group; `capture` is the caller's part."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "logical_dtype": str(self.dtype).removeprefix("torch."),
+            "d_model": self.d_model,
+            "sequence_length": self.sequence_length,
+            "codec": self.codec.name,
+            "chunk_rows": self.chunk_rows,
+            "shard_rows": self.shard_rows,
+            "rows": dict(sorted(self.rows.items())),
+            "capture": json.loads(json.dumps(capture, sort_keys=True, allow_nan=False)),
+        }
+
+    @classmethod
+    def from_attributes(cls, found: dict[str, Any]) -> "Layout":
+        """The inverse of `attributes`, for attributes that a commit vouches for."""
+        return cls(
+            rows=found["rows"],
+            d_model=found["d_model"],
+            dtype=getattr(torch, found["logical_dtype"]),
+            sequence_length=found["sequence_length"],
+            codec=Codec[found["codec"]],
+            chunk_rows=found["chunk_rows"],
+            shard_rows=found["shard_rows"],
+        )
+
+
+def commit_path(root: Path, split: str, k: int) -> Path:
+    return root / FOLDER / f"{split}_{k:05d}.json"
+
+
+def write_commit(root: Path, layout: Layout, split: str, k: int, shards: dict[str, Commit]) -> None:
+    """Vouch for shard k; `shards` describes its files, which are durable already."""
+    metadata = {key: describe_file(root / key) for key in layout.metadata_files(split)}
+    commit = {**_identity(layout, split, k), "objects": metadata | shards}
+    write_json(commit_path(root, split, k), {**commit, "crc32c": _checksum(commit)})
+
+
+def read_complete(root: Path) -> tuple[Layout, dict[str, Any], dict[Path, Commit]]:
+    """Layout, the caller's attributes and every commit of a store that lacks nothing.
+
+    Shard files are checked for their presence and size only: their bytes when they are read.
+
+    Raises:
+        ArtifactError: something is missing, damaged or another's; the file is named.
+    """
+    found = {path: read_commit(path) for path in sorted((root / FOLDER).glob("*.json"))}
+    if not found:
+        raise damaged(root / FOLDER, "it holds no commit")
+    for commit in found.values():
+        check_object(root, "zarr.json", commit["objects"]["zarr.json"])
+    attributes = read_json(root / "zarr.json")["attributes"]
+    if attributes["format_version"] != FORMAT_VERSION:
+        raise damaged(root, f"format_version {attributes['format_version']}, not {FORMAT_VERSION}")
+    layout = Layout.from_attributes(attributes)
+    shards = [(split, k) for split in layout.rows for k in range(layout.n_shards(split))]
+    expected = {commit_path(root, split, k): (split, k) for split, k in shards}
+    for path in sorted(found.keys() | expected.keys()):
+        if path not in found:
+            raise damaged(path, "it is missing: the store is not complete")
+        if path not in expected:
+            raise damaged(path, "the store has no such shard")
+        check_commit(path, found[path], layout, *expected[path])
+        for key, recorded in found[path]["objects"].items():
+            check_object(root, key, recorded, deep=key.endswith("zarr.json"))
+    return layout, attributes["capture"], found
+
+
+def read_commit(path: Path) -> Commit:
+    """A commit whose own checksum is right; `ArtifactError` names any other."""
+    commit = read_json(path)
+    if not isinstance(commit, dict) or commit.pop("crc32c", None) != _checksum(commit):
+        raise damaged(path, "it does not match its own checksum")
+    return commit
+
+
+def check_commit(path: Path, commit: Commit, layout: Layout, split: str, k: int) -> None:
+    """Refuse a commit that is not that of shard k of `split`."""
+    expected = _identity(layout, split, k)
+    files = [*layout.metadata_files(split), *layout.shard_files(split, k)]
+    found = {key: commit[key] for key in expected}
+    if found != expected or commit["objects"].keys() != set(files):
+        raise damaged(path, f"it commits {found}, where {expected} was expected")
+
+
+def check_object(root: Path, key: str, recorded: Commit, *, deep: bool = True) -> None:
+    """Refuse a file whose size, and if `deep` whose checksums, are not as recorded."""
+    path = root / key
+    if not path.is_file():
+        raise damaged(path, "it is missing")
+    size = path.stat().st_size
+    if size != recorded["size"]:
+        raise damaged(path, f"it has {size} bytes, {recorded['size']} were committed")
+    if not deep:
+        return
+    if file_checksum(path) != recorded["crc32c"]:
+        raise damaged(path, "it does not match the checksum in its commit")
+    chunks = recorded.get("chunks")
+    if chunks and chunk_checksums(np.memmap(path, np.uint8, "r"), len(chunks)) != chunks:
+        raise damaged(path, "it holds the rows of another shard")
+
+
+def describe_file(path: Path) -> Commit:
+    return {"size": path.stat().st_size, "crc32c": file_checksum(path)}
+
+
+def _identity(layout: Layout, split: str, k: int) -> Commit:
+    return {"split": split, "shard": k, "rows": list(layout.shard_range(split, k))}
+
+
+def _checksum(content: Commit) -> int:
+    return google_crc32c.value(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,150 @@
+"""The sizes of one sparse layer, the rules they obey, and what follows from them.
+
+Imports neither torch nor transformers: the configuration is checked and a run is planned from
+these numbers alone. Active figures are per token.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+
+MIN_WIDTH = 8
+"""Smallest `moe.d_ff_expert` written as neurons, so that no integer can be meant as a fraction."""
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """One SparseMoE and the dense FFN that it takes the place of; JSON by `dataclasses.asdict`."""
+
+    d_model: int
+    d_ff: int  # neurons of the dense FFN
+    d_ff_expert: int  # neurons of each expert
+    n_experts: int
+    top_k: int  # experts run per token
+    activation: str  # a name in ffn.ACTIVATIONS
+    gated: bool  # act(gate_proj x) * up_proj x, not act(up_proj x)
+    bias: bool  # the dense FFN has a bias on any projection; every expert projection then has one
+    router_function: str  # a name in router.ROUTER_FUNCTIONS
+
+    @property
+    def groups(self) -> int:
+        """Groups of dense neurons that the experts hold; 1 = each holds the whole FFN."""
+        return max(1, self.d_ff // self.d_ff_expert)
+
+    @property
+    def replicas(self) -> int:
+        """Experts that start from one group."""
+        return self.n_experts // self.groups
+
+    @property
+    def expert_parameters(self) -> int:
+        return self._ffn_parameters(self.d_ff_expert)
+
+    @property
+    def router_parameters(self) -> int:
+        return self.n_experts * self.d_model
+
+    @property
+    def dense_parameters(self) -> int:
+        """Of the dense FFN, counting a bias on every projection where it has any."""
+        return self._ffn_parameters(self.d_ff)
+
+    @property
+    def total_parameters(self) -> int:
+        return self.n_experts * self.expert_parameters + self.router_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        return self.top_k * self.expert_parameters + self.router_parameters
+
+    @property
+    def active_ffn_fraction(self) -> float:
+        """Neurons run per token over the dense FFN's, the router left out."""
+        return self.top_k * self.d_ff_expert / self.d_ff
+
+    @property
+    def active_flops_fraction(self) -> float:
+        """FLOPs of the matrix products run per token over the dense FFN's, the router included."""
+        projections = 3 if self.gated else 2
+        return self.active_ffn_fraction + self.n_experts / (projections * self.d_ff)
+
+    def _ffn_parameters(self, width: int) -> int:
+        inner = 2 if self.gated else 1
+        biases = inner * width + self.d_model if self.bias else 0
+        return (inner + 1) * width * self.d_model + biases
+
+
+def resolve_d_ff_expert(value: int | float | None, d_ff: int) -> int:
+    """Neurons per expert for the setting `moe.d_ff_expert`.
+
+    null is the dense width, a float in (0, 1] that fraction of it, an integer of at least 8 that
+    many neurons. Raises `ConfigError` on anything else, and on a fraction of no whole width.
+    """
+    if value is None:
+        return d_ff
+    if isinstance(value, int) and not isinstance(value, bool) and value >= MIN_WIDTH:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        exact = value * d_ff
+        width = round(exact)
+        if width >= 1 and abs(exact - width) <= 1e-9 * d_ff:
+            return width
+        below = int(exact)
+        near = [width for width in (below, below + 1) if width >= MIN_WIDTH] or [MIN_WIDTH]
+        raise _width_error(value, f"{value:g} x {d_ff} = {exact:g} is not a whole width", near)
+    near = [max(MIN_WIDTH, round(value))] if value > 0 else [MIN_WIDTH, d_ff]
+    raise _width_error(value, f"{value!r} is neither a fraction nor a width", near)
+
+
+def _width_error(value: object, why: str, near: list[int]) -> ConfigError:
+    return ConfigError(
+        f"moe.d_ff_expert gives no expert width: {why}.",
+        value=value,
+        rule="null (the dense width), a float in (0, 1] that gives whole neurons, "
+        f"or an integer of at least {MIN_WIDTH}",
+        remedy=f"the nearest valid: {' or '.join(f'moe.d_ff_expert={width}' for width in near)}",
+    )
+
+
+def resolve_init(init: str, init_from_dense: bool, d_ff: int, d_ff_expert: int) -> str:
+    """`copy`, `slice` or `random` for the settings `moe.init` and `moe.init_from_dense`."""
+    if not init_from_dense:
+        return "random"
+    if init != "auto":
+        return init
+    return "copy" if d_ff_expert == d_ff else "slice"
+
+
+def check_start(shape: MoEShape, init: str) -> None:
+    """Raise `ConfigError` where these sizes cannot start by `init` (see `experts.py`)."""
+    if init == "copy" and shape.d_ff_expert != shape.d_ff:
+        raise ConfigError(
+            "A copy of the dense FFN needs experts of its width.",
+            value=f"width {shape.d_ff_expert} of moe.d_ff_expert, dense width {shape.d_ff}",
+            rule="moe.init=copy needs equal widths",
+            remedy="set moe.d_ff_expert=null, or moe.init=slice",
+        )
+    if init != "slice":
+        return
+    if shape.d_ff_expert < shape.d_ff and shape.d_ff % shape.d_ff_expert:
+        divisors = [width for width in range(1, shape.d_ff + 1) if shape.d_ff % width == 0]
+        below = max(width for width in divisors if width < shape.d_ff_expert)
+        above = min(width for width in divisors if width > shape.d_ff_expert)
+        raise ConfigError(
+            "The dense FFN does not divide into experts of this width.",
+            value=f"width {shape.d_ff_expert} of moe.d_ff_expert, dense width {shape.d_ff}",
+            rule="moe.init=slice needs a width that divides the dense one",
+            remedy="the nearest valid: "
+            + " or ".join(f"moe.d_ff_expert={w}" for w in (below, above) if w >= MIN_WIDTH)
+            + "; moe.init=random takes any",
+        )
+    if shape.n_experts % shape.groups:
+        below = shape.n_experts // shape.groups * shape.groups
+        near = [n for n in (below, below + shape.groups) if n >= shape.top_k and n > 0]
+        raise ConfigError(
+            "The groups of dense neurons do not share out evenly among the experts.",
+            value=f"moe.n_experts={shape.n_experts}, {shape.groups} groups "
+            f"({shape.d_ff} / {shape.d_ff_expert} neurons)",
+            rule="moe.init=slice needs moe.n_experts to be a multiple of the number of groups",
+            remedy=f"the nearest valid: {' or '.join(f'moe.n_experts={n}' for n in near)}",
+        )

@@ -1,0 +1,172 @@
+"""One array of the store, read straight from its shard files.
+
+A shard is a file of independently compressed chunks, each followed by its crc32c, and an index of
+(offset, length) pairs, also with its crc32c (Zarr v3, sharding codec). A read is one `pread`, one
+checksum and one decompression into the caller's memory: 1.3 to 2.4 times as fast as zarr's own
+path, which is the reference in the tests. Every chunk is also held against the checksum that its
+commit recorded, so a shard that is whole but lies in another's place is refused too.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ArtifactError
+
+# Blosc's own threads are global and not safe under ours; zarr switches them off as well.
+numcodecs.blosc.use_threads = False
+
+Bytes = NDArray[np.uint8]
+
+INDEX_ENTRY = 16  # bytes: offset and length, little-endian uint64
+CRC = 4
+ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that was not written
+READ_BLOCK = 1 << 20  # stays in the cache between the read and its checksum
+
+
+def row_layout(
+    sequence_length: int, row_bytes: int, chunk_mb: float, shard_mb: float
+) -> tuple[int, int]:
+    """(chunk_rows, shard_rows) nearest to the wanted raw megabytes.
+
+    A chunk is a whole number of sequences, or a whole fraction of one; a shard is a whole number
+    of both. A sequence whose length has no useful divisor becomes one chunk however long it is.
+    """
+    wanted = max(1.0, chunk_mb * 1e6 / row_bytes)
+    if wanted >= sequence_length:
+        chunk_rows = int(wanted // sequence_length) * sequence_length
+    else:
+        divisors = [n for n in range(1, sequence_length + 1) if sequence_length % n == 0]
+        chunk_rows = min(divisors, key=lambda n: abs(math.log(n / wanted)))
+    unit = max(chunk_rows, sequence_length)
+    return chunk_rows, max(1, int(shard_mb * 1e6 / row_bytes / unit)) * unit
+
+
+def shard_key(k: int) -> str:
+    """File of shard k in its array's folder."""
+    return f"c.{k}.0"
+
+
+def chunk_checksums(shard: Bytes, chunks_per_shard: int) -> list[int | None]:
+    """The crc32c that follows each chunk of a whole and sound shard; None for an absent chunk."""
+    index = _parse_index(shard[-(INDEX_ENTRY * chunks_per_shard + CRC) :])
+    assert index is not None, "zarr has just written it, or a checksum of the file was right"
+    ends = [None if offset == ABSENT else int(offset + length) for offset, length in index]
+    return [None if end is None else _parse_crc(shard[end - CRC : end]) for end in ends]
+
+
+def file_checksum(path: Path) -> int:
+    """crc32c of a file's bytes; about 3 GB/s from the page cache."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(READ_BLOCK):
+            crc = google_crc32c.extend(crc, block)
+    return crc
+
+
+def damaged(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        "An activation store is damaged or incomplete.",
+        value=f"{path.absolute()}: {why}",
+        rule="every shard lies where its commit says, with the bytes that were committed",
+        remedy="run `dvc repro capture`: it writes again what is damaged",
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a commit recorded of one shard file."""
+
+    size: int  # bytes
+    chunks: list[int | None]  # crc32c of each chunk; None beyond the last row
+
+
+class ShardedArray:
+    """The rows of one array, decoded chunk by chunk into the caller's memory.
+
+    Safe to use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        *,
+        row_bytes: int,
+        chunk_rows: int,
+        shard_rows: int,
+        compressed: bool,
+    ) -> None:
+        self.folder, self.shards = folder, shards
+        self.row_bytes, self.chunk_rows, self.compressed = row_bytes, chunk_rows, compressed
+        self.chunks_per_shard = shard_rows // chunk_rows
+        self._indices: dict[int, NDArray[np.uint64]] = {}
+
+    def read_rows(self, chunk: int, out: Bytes, first: int = 0) -> None:
+        """Fill `out` (rows, row_bytes) with the rows of `chunk` from its row `first` on.
+
+        Raises:
+            ArtifactError: the chunk is missing, or its bytes are not those committed.
+        """
+        stored = self._verified(chunk)
+        if not self.compressed:
+            begin = first * self.row_bytes
+            out[:] = stored[begin : begin + out.size].reshape(out.shape)
+        elif len(out) == self.chunk_rows:
+            numcodecs.blosc.decompress(stored, out)
+        else:
+            whole = np.empty((self.chunk_rows, self.row_bytes), np.uint8)
+            numcodecs.blosc.decompress(stored, whole)
+            out[:] = whole[first : first + len(out)]
+
+    def _verified(self, chunk: int) -> Bytes:
+        """The stored bytes of a chunk, without their checksum."""
+        k, local = divmod(chunk, self.chunks_per_shard)
+        path = self.folder / shard_key(k)
+        offset, length = map(int, self._index(k, path)[local])
+        stored = _pread(path, length, offset)
+        crc = google_crc32c.value(stored[:-CRC])
+        if not crc == _parse_crc(stored[-CRC:]) == self.shards[k].chunks[local]:
+            raise damaged(path, f"chunk {local} does not match its checksum")
+        return stored[:-CRC]
+
+    def _index(self, k: int, path: Path) -> NDArray[np.uint64]:
+        if k not in self._indices:
+            size = INDEX_ENTRY * self.chunks_per_shard + CRC
+            index = _parse_index(_pread(path, size, self.shards[k].size - size))
+            if index is None:
+                raise damaged(path, "its index does not match its checksum")
+            self._indices[k] = index
+        return self._indices[k]
+
+
+def _pread(path: Path, length: int, offset: int) -> Bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise damaged(path, "it is missing") from None
+    try:
+        stored = np.frombuffer(os.pread(descriptor, length, offset), np.uint8)
+    finally:
+        os.close(descriptor)
+    if len(stored) != length:
+        raise damaged(path, "it ends early")
+    return stored
+
+
+def _parse_index(tail: Bytes) -> NDArray[np.uint64] | None:
+    """The (offset, length) pairs at the end of a shard; None when their checksum is wrong."""
+    if google_crc32c.value(tail[:-CRC]) != _parse_crc(tail[-CRC:]):
+        return None
+    return tail[:-CRC].view("<u8").reshape(-1, 2)
+
+
+def _parse_crc(stored: Bytes) -> int:
+    return int.from_bytes(stored.tobytes(), "little")

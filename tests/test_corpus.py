@@ -1,0 +1,312 @@
+"""Text that is read faithfully, split without leaks and packed without ragged ends."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import corpus
+from pipeline.config import DataConfig, DataSource, TokensConfig
+from pipeline.documents import (
+    RUN_CHARACTERS,
+    Document,
+    embedded_documents,
+    file_documents,
+    hub_documents,
+    source_documents,
+)
+from pipeline.errors import InputError
+from pipeline.pretrain import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    return list(embedded_documents())
+
+
+@pytest.fixture(scope="module")
+def splits(documents: list[Document]) -> dict[str, list[Document]]:
+    return corpus.split(documents)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(splits: dict[str, list[Document]]):
+    return train_tokenizer(splits["train"], vocab_size=2048)
+
+
+def words(n: int, seed: int) -> str:
+    return " ".join(f"w{i}" for i in np.random.default_rng(seed).integers(0, 10**6, n))
+
+
+def windows(tokens: np.ndarray, width: int = 16) -> set[bytes]:
+    view = np.lib.stride_tricks.sliding_window_view(tokens, width)
+    return {row.tobytes() for row in np.ascontiguousarray(view)}
+
+
+def leaked_share(tokens: np.ndarray, known: set[bytes], width: int = 16) -> float:
+    """Share of `tokens` that lie in a run of `width` tokens that is in `known`."""
+    covered = np.zeros(len(tokens), dtype=bool)
+    for start in range(len(tokens) - width + 1):
+        if tokens[start : start + width].tobytes() in known:
+            covered[start : start + width] = True
+    return float(covered.mean())
+
+
+# Splits
+
+
+@pytest.mark.parametrize("chosen", ["validation", "heldout"])
+def test_split_leaks_under_three_percent_of_the_embedded_text(splits, tokenizer, chosen):
+    """The tokens that `_novel` and deduplication leave in runs of 16 that train also has."""
+    known = windows(corpus.pack(tokenizer, splits["train"], 1).reshape(-1))
+    tokens = corpus.pack(tokenizer, splits[chosen], 1).reshape(-1)
+    assert leaked_share(tokens, known) < 0.03
+
+
+def test_leak_measure_sees_the_leak_that_split_removes(documents, splits, tokenizer):
+    """Without deduplication more than 3 % leaks: the bound above is not met by chance."""
+    naive: dict[str, list[Document]] = {name: [] for name in corpus.SHARES}
+    for document in documents:
+        naive[corpus._assign(document.source)].append(document)
+    known = windows(corpus.pack(tokenizer, naive["train"], 1).reshape(-1))
+    tokens = corpus.pack(tokenizer, naive["heldout"], 1).reshape(-1)
+    assert leaked_share(tokens, known) > 0.03
+
+
+def test_split_keeps_a_source_together_and_enough_of_each_part(documents, splits):
+    sources = {name: {d.source for d in part} for name, part in splits.items()}
+    assert not sources["train"] & sources["validation"]
+    assert not sources["train"] & sources["heldout"]
+    assert not sources["validation"] & sources["heldout"]
+    size = {name: sum(len(d.text) for d in part) for name, part in splits.items()}
+    assert size["train"] > 1_200_000
+    assert min(size["validation"], size["heldout"]) > 80_000
+
+
+def test_split_does_not_depend_on_the_order_of_the_documents(documents, splits):
+    by_source: dict[str, list[Document]] = {}
+    for document in documents:
+        by_source.setdefault(document.source, []).append(document)
+    shuffled = [d for source in sorted(by_source, reverse=True) for d in by_source[source]]
+    assert corpus.split(shuffled) == splits
+
+
+def test_split_keeps_one_of_documents_that_differ_in_case_and_space():
+    text = words(50, 0)
+    same = [Document("a", text), Document("b", text.upper()), Document("c", f"  {text}\n\n")]
+    assert sum(len(part) for part in corpus.split(same).values()) == 1
+
+
+def test_split_drops_what_quotes_the_training_text():
+    """A document one tenth of which stands in train never reaches validation or heldout."""
+    pool = [Document(words(1, seed), words(200, seed)) for seed in range(40)]
+    train = corpus.split(pool)["train"]
+    quote = " ".join(train[0].text.split()[:40])
+    sources = [f"source {i}" for i in range(40)]
+    quoting = [Document(s, f"{words(200, 1000 + i)} {quote}") for i, s in enumerate(sources)]
+    kept = corpus.split([*pool, *quoting])
+    for name in ("validation", "heldout"):
+        assert kept[name]
+        assert not [d for d in kept[name] if quote in d.text]
+    assert [d for d in kept["train"] if d.source in sources]
+
+
+# Reading
+
+
+def test_embedded_documents_are_the_docstrings_of_this_interpreter(documents):
+    import argparse
+
+    texts = {d.text for d in documents if d.source == "argparse.py"}
+    assert argparse.Action.__doc__ and argparse.Action.__doc__.split()[0] in " ".join(texts)
+    assert not [d for d in documents if d.source.startswith(("test/", "/", "tkinter/"))]
+    assert sum(len(d.text) for d in documents) > 1_500_000
+
+
+def test_source_documents_hold_code_without_docstrings_and_comments():
+    taken = {d.source: d.text for d, _ in zip(source_documents(), range(12), strict=False)}
+    for name, text in taken.items():
+        compile(text, name, "exec")
+        assert not [line for line in text.splitlines() if line.lstrip().startswith(("#", '"""'))]
+    assert sum(len(text) for text in taken.values()) > 10_000
+
+
+def test_file_documents_read_txt_jsonl_and_parquet(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "a.txt").write_text("first line\nsecond line\n\nafter a blank")
+    (tmp_path / "b.jsonl").write_text('{"body": "row one"}\n{"body": null}\n{"body": "row two"}\n')
+    parquet.write_table(pa.table({"body": ["row three"]}), tmp_path / "c.parquet")
+    names = [str(tmp_path / name) for name in ("a.txt", "*.jsonl", "c.parquet")]
+    texts = [d.text for d in file_documents(names, "body")]
+    assert texts == [
+        "after a blank",
+        "first line\nsecond line",
+        "row one",
+        "row two",
+        "row three",
+    ]
+
+
+def test_file_documents_join_lines_to_runs_and_lose_none(tmp_path: Path):
+    lines = [f"{i} {words(12, i)}" for i in range(400)]
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
+    read = list(file_documents([str(tmp_path / "a.txt")], "text"))
+    assert "\n".join(d.text for d in read).splitlines() == lines
+    assert all(RUN_CHARACTERS - 1 <= len(d.text) < 2 * RUN_CHARACTERS for d in read[:-1])
+    assert len({d.source for d in read}) == len(read) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "seen"),
+    [
+        ("empty.txt", b"", "every row is blank"),
+        ("empty.jsonl", b"", "every row is blank"),
+        ("blank.txt", b"\n \n\n", "every row is blank"),
+        ("nulls.jsonl", b'{"text": null}\n', "every row is blank"),
+        ("column.jsonl", b'{"body": "x", "id": 1}\n', "columns body, id"),
+        ("number.jsonl", b'{"text": 1}\n', "columns text"),
+        ("latin.txt", b"caf\xe9 au lait\n", "can't decode byte 0xe9"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n', "can't decode byte 0xe9"),
+        ("broken.jsonl", b'{"text": "x"\n{', "JSON parse error"),
+        ("false.parquet", b"not parquet", "magic bytes"),
+        ("unknown.csv", b"a,b\n", "unknown.csv"),
+    ],
+)
+def test_file_documents_refuse_what_holds_no_text(tmp_path: Path, name, content, seen):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        list(file_documents([str(tmp_path / name)], "text"))
+    assert str(tmp_path / name) in str(refusal.value.value)
+    assert seen in str(refusal.value.value)
+
+
+def test_file_documents_refuse_a_pattern_that_matches_nothing(tmp_path: Path):
+    with pytest.raises(InputError, match=r"\*\.txt"):
+        list(file_documents([str(tmp_path / "*.txt")], "text"))
+
+
+def test_hub_documents_refuse_a_dataset_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    cfg = data_config(DataSource.hub)
+    cfg.dataset = "nobody/nothing"
+    with pytest.raises(InputError, match="nobody/nothing"):
+        list(hub_documents(cfg))
+
+
+# Blocks
+
+
+class Words:
+    """A tokenizer of one id per word."""
+
+    def __init__(self, eos: int | None, bos: int | None) -> None:
+        self.eos_token_id, self.bos_token_id = eos, bos
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+
+def numbers(*texts: str) -> list[Document]:
+    return [Document(text, text) for text in texts]
+
+
+@pytest.mark.parametrize(("eos", "bos", "separator"), [(0, 1, [0]), (None, 1, [1])])
+def test_pack_ends_each_document_with_the_separator(eos, bos, separator):
+    blocks = corpus.pack(Words(eos, bos), numbers("5 6", "7"), 5)  # type: ignore[arg-type]
+    assert blocks.dtype == np.int32
+    assert blocks.tolist() == [[5, 6, *separator, 7, *separator]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    sequence_length=st.integers(1, 20),
+    budget=st.none() | st.integers(20, 300),
+)
+def test_pack_is_a_prefix_of_the_stream_in_whole_blocks(lengths, sequence_length, budget):
+    texts = [" ".join(str(i + 2) for i in range(n)) for n in lengths]
+    stream = [i for text in texts for i in [*map(int, text.split()), 0]]
+    if min(len(stream), budget or len(stream)) < sequence_length:
+        return
+    blocks = corpus.pack(Words(0, None), numbers(*texts), sequence_length, budget)  # type: ignore[arg-type]
+    usable = len(stream[:budget])
+    assert blocks.shape == (usable // sequence_length, sequence_length)
+    assert blocks.reshape(-1).tolist() == stream[: blocks.size]
+
+
+def test_pack_reads_no_further_than_its_budget():
+    def endless() -> Iterable[Document]:
+        while True:
+            yield Document("a", "2 3 4")
+
+    assert corpus.pack(Words(0, None), endless(), 8, 80).shape == (10, 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+def test_pack_refuses_less_than_one_block(budget):
+    with pytest.raises(InputError, match="6 tokens") as refusal:
+        corpus.pack(Words(0, None), numbers("5 6", "7 8"), 7, budget, "heldout")  # type: ignore[arg-type]
+    assert "heldout" in refusal.value.what and "7 tokens" in refusal.value.rule
+
+
+def test_check_token_ids_refuses_an_id_without_an_embedding_row():
+    blocks = torch.tensor([[0, 99]])
+    corpus.check_token_ids(blocks, 100)
+    with pytest.raises(InputError, match=r"token id 99, 99 embedding rows"):
+        corpus.check_token_ids(blocks, 99)
+
+
+# The whole stage
+
+
+def data_config(source: DataSource, **changes: object) -> DataConfig:
+    cfg = DataConfig(
+        source=source,
+        split="train",
+        streaming=False,
+        files=[],
+        shifted_files=[],
+        text_column="text",
+        sequence_length=32,
+        tokens=TokensConfig(train=4096, validation=1024, heldout=1024, shifted=1024),
+    )
+    for name, value in changes.items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def test_write_blocks_gives_the_blocks_that_the_dense_model_may_see(tokenizer, splits, tmp_path):
+    corpus.write_blocks(data_config(DataSource.embedded), tokenizer, tmp_path)
+    record = json.loads((tmp_path / "tokens.json").read_text())["splits"]
+    for name, part in splits.items():
+        blocks = corpus.read_blocks(tmp_path, name)
+        assert blocks.numel() == record[name]["tokens"] == record[name]["budget"]
+        assert np.array_equal(blocks, corpus.pack(tokenizer, part, 32, blocks.numel()))
+    text = tokenizer.decode(corpus.read_blocks(tmp_path, "shifted").reshape(-1))
+    assert "import" in text or "def " in text
+    assert record["shifted"]["bytes"] == pytest.approx(len(text.encode()), rel=0.05)
+
+
+def test_write_blocks_of_files_reads_only_what_the_budget_needs(tokenizer, tmp_path: Path):
+    rows = [json.dumps({"text": words(60, seed)}) for seed in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    budget = TokensConfig(train=2048, validation=256, heldout=256, shifted=256)
+    cfg = data_config(DataSource.files, files=[str(tmp_path / "rows.jsonl")], tokens=budget)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    corpus.write_blocks(cfg, tokenizer, tmp_path / "a")
+    with (tmp_path / "rows.jsonl").open("ab") as file:
+        file.write(b"\nnot a row")
+    corpus.write_blocks(cfg, tokenizer, tmp_path / "b")
+    for name in ("train", "validation", "heldout", "shifted"):
+        first, second = (corpus.read_blocks(tmp_path / x, name) for x in "ab")
+        assert torch.equal(first, second)

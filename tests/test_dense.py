@@ -1,0 +1,146 @@
+"""Every FFN is found by structure and proved by numbers, or refused with what was seen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from pipeline import dense
+from pipeline.errors import ConfigError, InputError
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GATED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Gemma", "Gemma2", "Phi3", "Granite")
+PLAIN = {"GPT2": "gelu_tanh", "GPTNeoX": "gelu", "Phi": "gelu_tanh"}
+
+
+def tiny(family: str, meta: bool = False, **changes) -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(tf, f"{family}Config")(**SMALL | {"intermediate_size": 48} | changes)
+    with torch.device("meta" if meta else "cpu"):
+        return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(3, 19)[None]).logits
+
+
+class Formula(nn.Module):
+    """The extracted weights, run by our formula."""
+
+    def __init__(self, slot: dense.FFNSlot) -> None:
+        super().__init__()
+        self.ffn = slot.weights()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ffn(x)
+
+
+class Zero(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("family", [*GATED, *PLAIN])
+def test_the_extracted_formula_in_its_place_gives_the_same_logits(family: str):
+    model = tiny(family)
+    before = logits(model)
+    for slot in dense.find_ffns(model):
+        slot.replace(Formula(slot))
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*GATED, *PLAIN])
+def test_zeros_in_its_place_change_the_logits(family: str):
+    model = tiny(family)
+    before = logits(model)
+    for slot in dense.find_ffns(model):
+        slot.replace(Zero())
+    assert (logits(model) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPT2"])
+def test_a_model_without_weights_is_described_as_one_with_them(family: str):
+    assert dense.describe(tiny(family, meta=True)) == dense.describe(tiny(family))
+
+
+@pytest.mark.parametrize(("family", "activation"), PLAIN.items())
+def test_the_activation_function_is_found_by_its_numbers(family: str, activation: str):
+    (layer, _) = dense.describe(tiny(family))["layers"]
+    assert (layer["activation"], layer["gated"], layer["bias"]) == (activation, False, True)
+
+
+def test_a_record_names_family_widths_and_activation():
+    record = dense.describe(tiny("Llama"))
+    assert (record["family"], record["d_model"], record["n_layers"]) == ("llama", 32, 2)
+    assert record["layers"][1] == {
+        "index": 1,
+        "d_ff": 48,
+        "gated": True,
+        "activation": "silu",
+        "bias": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [("Mixtral", "already sparse"), ("OPT", "fc1"), ("Bloom", "more than its input")],
+)
+def test_what_has_no_dense_ffn_module_is_refused_with_what_was_seen(family: str, named: str):
+    changes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if family == "OPT" else {}
+    with pytest.raises(InputError, match=f"{family}.*(\n.*)*{named}"):
+        dense.find_ffns(tiny(family, **changes))
+
+
+def test_layers_that_the_model_lacks_are_refused():
+    with pytest.raises(InputError, match="0 to 1"):
+        dense.check_layers([0, 2], 2)
+
+
+def test_a_missing_model_is_refused_in_one_line_with_the_token_hint(tmp_path: Path):
+    for call in (dense.load_model, dense.load_tokenizer, dense.resolve):
+        with pytest.raises(InputError, match="HF_TOKEN"):
+            call(str(tmp_path / "nowhere"))
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path: Path):
+    tiny("Llama").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        dense.load_tokenizer(str(tmp_path))
+
+
+def test_a_pickled_model_is_not_opened(tmp_path: Path):
+    tiny("Llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError):
+        dense.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "link"])
+def test_weights_outside_the_folder_are_refused_before_loading(tmp_path: Path, name: str):
+    folder = tmp_path / "model"
+    tiny("Llama").save_pretrained(folder, max_shard_size="20KB")
+    index = folder / dense.INDEX
+    (first, *_) = sorted(folder.glob("*.safetensors"))
+    outside = first.rename(tmp_path / "outside.safetensors")
+    if name == "link":
+        first.symlink_to(outside)
+    else:
+        index.write_text(index.read_text().replace(first.name, name))
+    with pytest.raises(InputError, match="outside its folder"):
+        dense.load_model(str(folder))
+
+
+def test_remote_code_needs_a_pinned_revision():
+    with pytest.raises(ConfigError, match="pinned commit"):
+        dense.load_model("some/model", trust_remote_code=True)
+
+
+def test_the_record_holds_the_digest_of_every_file(tmp_path: Path):
+    tiny("Llama").save_pretrained(tmp_path)
+    record = dense.resolve(str(tmp_path))
+    assert {"config.json", "model.safetensors"} <= record["digests"].keys()
+    assert record["revision"] is None

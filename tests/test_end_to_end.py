@@ -1,0 +1,181 @@
+"""The DAG as a user runs it, with the real dvc, on two layers of width 32."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+TRACKED = ("pipeline", "conf", "stages/README.md", "dvc.yaml", "params.yaml", ".dvc/config")
+TRACKED += (".dvc/.gitignore", ".dvcignore", ".gitignore", "pyproject.toml", "reports/README.md")
+
+pytestmark = pytest.mark.slow
+
+
+class Checkout:
+    """A repository of its own with the pico experiment chosen in conf/."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in TRACKED:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
+            copy(PROJECT / name, root / name)
+        self.edit("conf/config.yaml", "experiment: null", "experiment: pico")
+        self.run("python -m pipeline compose")
+        self.run("git init -q -b main")
+        self.commit()
+
+    def run(self, command: str, expect: int = 0) -> str:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+        names = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        path = f"{Path(sys.executable).parent}:{inherited['PATH']}"
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=self.root,
+            env=inherited | names | {"PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == expect, f"{command}: exit {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def commit(self) -> None:
+        self.run("git add -A && git commit -q -m state")
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = (self.root / name).read_text()
+        assert old in text
+        (self.root / name).write_text(text.replace(old, new))
+
+    def json(self, name: str) -> dict:
+        return json.loads((self.root / name).read_text())
+
+
+def stages_run(output: str) -> set[str]:
+    lines = (line for line in output.splitlines() if line.startswith("Running stage "))
+    return {line.split("'")[1] for line in lines}
+
+
+ALL = {"config", "dense", "tokens", "capture", "budget", "train@0", "train@1", "heal", "convert", "evaluate"}
+AFTER_MOE = {"config", "budget", "train@0", "train@1", "heal", "convert", "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    made = Checkout(tmp_path_factory.mktemp("checkout"))
+    assert stages_run(made.run("dvc repro")) == ALL
+    made.commit()
+    return made
+
+
+def test_a_second_repro_runs_nothing(checkout: Checkout):
+    assert stages_run(checkout.run("dvc repro")) == set()
+
+
+def test_metrics_have_every_promised_name(checkout: Checkout):
+    metrics = checkout.json("reports/metrics.json")
+    for part in ("dense", "sparse"):
+        assert metrics[part]["perplexity"].keys() == {"heldout", "shifted"}
+    assert metrics["perplexity_ratio"].keys() == {"heldout", "shifted"}
+    assert metrics["kl"].keys() >= {"mean", "p99"}
+    assert metrics["sparse"]["parameters"].keys() >= {"total", "active"}
+    assert metrics["active_ffn_fraction"] == 0.5
+    for layer in ("0", "1"):
+        assert metrics["layers"][layer].keys() >= {"mse", "cosine_sim", "relative_mse"}
+    assert {"top1_agreement", "active_flops_fraction"} <= metrics.keys()
+    assert "perplexity_ratio.heldout" in checkout.run("dvc metrics show")
+
+
+def test_the_checkpoint_opens_in_a_fresh_process_and_generates(checkout: Checkout):
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('stages/convert')\n"
+        "tokenizer = AutoTokenizer.from_pretrained('stages/convert')\n"
+        "ids = tokenizer('Return the', return_tensors='pt').input_ids\n"
+        "out = model.generate(ids, max_new_tokens=5, do_sample=False)\n"
+        "print(type(model).__name__, out.shape[1] - ids.shape[1])\n"
+    )
+    (checkout.root.parent / "open.py").write_text(code)
+    # From a copy, in a folder where our package cannot be imported.
+    shutil.copytree(checkout.root / "stages/convert", checkout.root.parent / "stages/convert")
+    done = subprocess.run(
+        [sys.executable, "-I", "open.py"],
+        cwd=checkout.root.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[0] == "MixtralForCausalLM"
+
+
+def test_an_experiment_reuses_dense_tokens_and_capture(checkout: Checkout):
+    output = checkout.run("dvc exp run -n eight -S moe.n_experts=8")
+    assert stages_run(output) == AFTER_MOE
+    assert checkout.json("stages/convert/config.json")["num_local_experts"] == 8
+    shown = json.loads(checkout.run("dvc exp show --json"))
+    assert "eight" in json.dumps(shown)
+    checkout.run("git checkout -q . && dvc checkout")
+    assert checkout.json("stages/convert/config.json")["num_local_experts"] == 4
+
+
+def test_queued_experiments_run(checkout: Checkout):
+    checkout.run("dvc exp run --queue -S 'moe.n_experts=8,16'")
+    checkout.run("dvc queue start")
+    for _ in range(150):
+        status = checkout.run("dvc queue status")
+        if "Queued" not in status and "Running" not in status:
+            break
+        time.sleep(2)
+    assert status.count("Success") == 2, status
+    assert "Failed" not in status
+
+
+def test_an_edited_conf_is_refused_with_the_remedy(checkout: Checkout):
+    checkout.edit("conf/moe/half.yaml", "init_noise: 0.01", "init_noise: 0.02")
+    output = checkout.run("dvc repro", expect=255)
+    assert "python -m pipeline compose" in output and "moe.init_noise" in output
+    checkout.run("git checkout -q .")
+    assert stages_run(checkout.run("dvc repro")) == set()
+
+
+def test_every_artefact_verifies_also_in_a_moved_copy(checkout: Checkout, tmp_path: Path):
+    assert "DAMAGED" not in checkout.run("python -m pipeline verify")
+    shutil.copytree(checkout.root / "stages", tmp_path / "elsewhere")
+    checkout.run(f"python -m pipeline verify {tmp_path / 'elsewhere'}")
+
+
+def test_conversion_alone_needs_only_three_paths(checkout: Checkout, tmp_path: Path):
+    shutil.copytree(checkout.root / "stages/dense/model", tmp_path / "dense")
+    shutil.copytree(checkout.root / "stages/train", tmp_path / "layers")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+    subprocess.run(
+        [sys.executable, "-m", "pipeline.stages.convert", "convert.dense=dense"]
+        + ["convert.layers=layers", "convert.output=sparse"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "layers", "sparse"]
+    name = "model.safetensors"
+    alone, inside = tmp_path / "sparse" / name, checkout.root / "stages/convert" / name
+    assert alone.read_bytes() == inside.read_bytes()
+
+
+def test_outs_are_what_the_stages_write(checkout: Checkout):
+    tracked = checkout.run("git ls-files").split()
+    written = {
+        str(p.relative_to(checkout.root))
+        for folder in ("stages", "reports")
+        for p in (checkout.root / folder).rglob("*")
+        if p.is_file()
+    } - set(tracked)
+    locked = checkout.run("dvc list . --dvc-only -R").split()
+    assert written <= set(locked)

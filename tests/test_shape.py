@@ -1,0 +1,118 @@
+"""The sizes of a sparse layer: what is refused, with which remedy, and what follows from them."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.shape import MoEShape, check_start, resolve_d_ff_expert, resolve_init
+
+
+def shape(**changes) -> MoEShape:
+    sizes = {"d_model": 256, "d_ff": 768, "d_ff_expert": 96, "n_experts": 16, "top_k": 4}
+    kind = {"activation": "silu", "gated": True, "bias": False, "router_function": "softmax_topk"}
+    return MoEShape(**(sizes | kind | changes))
+
+
+@pytest.mark.parametrize(
+    ("value", "width"),
+    [(None, 768), (1.0, 768), (0.125, 96), (1 / 3, 256), (0.7, 7), (8, 8), (2048, 2048)],
+)
+def test_d_ff_expert_takes_null_a_fraction_or_neurons(value, width):
+    assert resolve_d_ff_expert(value, 10 if value == 0.7 else 768) == width
+
+
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [
+        (0.3, "moe.d_ff_expert=230 or moe.d_ff_expert=231"),
+        (2048.0, "moe.d_ff_expert=2048"),
+        (1.5, "moe.d_ff_expert=8"),
+        (1, "moe.d_ff_expert=8"),
+        (0, "moe.d_ff_expert=8 or moe.d_ff_expert=768"),
+        (-0.5, "moe.d_ff_expert=8 or moe.d_ff_expert=768"),
+        (1e-4, "moe.d_ff_expert=8"),
+    ],
+)
+def test_d_ff_expert_refuses_the_rest_naming_the_nearest_valid(value, nearest):
+    with pytest.raises(ConfigError) as refusal:
+        resolve_d_ff_expert(value, 768)
+    assert refusal.value.exit_code == 2
+    assert refusal.value.value == value
+    assert refusal.value.remedy == f"the nearest valid: {nearest}"
+
+
+def test_init_auto_copies_equal_widths_and_slices_others():
+    assert resolve_init("auto", True, 768, 768) == "copy"
+    assert resolve_init("auto", True, 768, 96) == "slice"
+    assert resolve_init("random", True, 768, 96) == "random"
+
+
+def test_init_without_the_dense_ffn_is_random():
+    assert resolve_init("copy", False, 768, 768) == "random"
+
+
+@pytest.mark.parametrize(
+    ("changes", "init", "remedy"),
+    [
+        ({"n_experts": 20}, "slice", "moe.n_experts=16 or moe.n_experts=24"),
+        ({"n_experts": 6}, "slice", "moe.n_experts=8"),
+        ({"d_ff_expert": 100}, "slice", "moe.d_ff_expert=96 or moe.d_ff_expert=128"),
+        ({}, "copy", "moe.d_ff_expert=null"),
+    ],
+)
+def test_start_refuses_sizes_that_do_not_fit_naming_the_nearest_valid(changes, init, remedy):
+    with pytest.raises(ConfigError) as refusal:
+        check_start(shape(**changes), init)
+    assert refusal.value.exit_code == 2
+    assert remedy in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "init"),
+    [
+        ({"n_experts": 8}, "slice"),
+        ({"n_experts": 24}, "slice"),
+        ({"d_ff_expert": 768, "n_experts": 3, "top_k": 1}, "slice"),
+        ({"d_ff_expert": 1000, "n_experts": 3, "top_k": 1}, "slice"),
+        ({"d_ff_expert": 768}, "copy"),
+        ({"d_ff_expert": 100, "n_experts": 7}, "random"),
+    ],
+)
+def test_start_takes_whole_groups_and_any_random_sizes(changes, init):
+    check_start(shape(**changes), init)
+
+
+def test_shape_figures_follow_the_definitions():
+    of = shape()
+    assert (of.groups, of.replicas) == (8, 2)
+    assert of.expert_parameters == 3 * 256 * 96
+    assert of.dense_parameters == 3 * 256 * 768
+    assert of.total_parameters == 16 * 3 * 256 * 96 + 16 * 256
+    assert of.active_parameters == 4 * 3 * 256 * 96 + 16 * 256
+    assert of.active_ffn_fraction == 0.5
+    dense_flops = 2 * 3 * 256 * 768
+    active_flops = 4 * 2 * 3 * 256 * 96 + 2 * 16 * 256
+    assert of.active_flops_fraction == pytest.approx(active_flops / dense_flops)
+
+
+def test_shape_counts_every_parameter_that_the_layer_has():
+    from pipeline.moe import SparseMoE
+
+    for gated in (True, False):
+        for bias in (True, False):
+            of = shape(d_model=12, d_ff=32, d_ff_expert=16, gated=gated, bias=bias)
+            assert of.total_parameters == sum(p.numel() for p in SparseMoE(of).parameters())
+
+
+def test_shape_survives_json():
+    of = shape()
+    assert MoEShape(**json.loads(json.dumps(dataclasses.asdict(of)))) == of
+
+
+def test_shape_imports_no_torch():
+    code = "import sys, pipeline.shape; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
