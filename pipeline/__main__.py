@@ -1,16 +1,17 @@
 """The tools beside the stages.
 
-  python -m pipeline compose                         conf/ -> params.yaml
-  python -m pipeline compose --print moe.n_experts=8 the whole configuration with its values
-  python -m pipeline inspect HuggingFaceTB/SmolLM2-135M
-  python -m pipeline inspect ./my-model --json
-  python -m pipeline verify stages                   re-hash every artefact below a folder
+python -m pipeline compose                         conf/ -> params.yaml
+python -m pipeline compose --print moe.n_experts=8 the whole configuration with its values
+python -m pipeline inspect HuggingFaceTB/SmolLM2-135M
+python -m pipeline inspect ./my-model --json
+python -m pipeline verify stages                   re-hash every artefact below a folder
 """
 
 import argparse
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pipeline import command, compose, workdir
 from pipeline.errors import ArtifactError, ConfigError
@@ -70,6 +71,36 @@ def _inspect(model: str, revision: str | None, as_json: bool) -> None:
         print(json.dumps(described, indent=1, sort_keys=True))
         return
     print(f"{model}: {described['family']}, {described['parameters']:,} parameters")
+    print(f"{described['n_layers']} layers, d_model {described['d_model']}, {described['dtype']}")
+    for kind, layers in _alike(described["layers"]).items():
+        print(f"  layers {layers[0]} to {layers[-1]} ({len(layers)}): {kind}")
+    print("hosts of the sparse model:")
+    for host, answer in described["hosts"].items():
+        print(f"  {host}: {answer}")
+    print("\nas an entry of conf/model/:\n" + _conf_entry(model, described), end="")
+
+
+def _alike(layers: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Layer indices by what their FFN is."""
+    kinds: dict[str, list[int]] = {}
+    for layer in layers:
+        kind = f"d_ff {layer['d_ff']}, {'gated ' * layer['gated']}{layer['activation']}"
+        kinds.setdefault(kind + ", biases" * layer["bias"], []).append(layer["index"])
+    return kinds
+
+
+def _conf_entry(model: str, described: dict[str, Any]) -> str:
+    entry = {
+        "name": Path(model).name.lower(),
+        "id": model,
+        "revision": described["revision"],
+        "dtype": "auto",
+        "device_map": None,
+        "trust_remote_code": False,
+        "layers": list(range(described["n_layers"])),
+        "embedded": None,
+    }
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in entry.items())
 
 
 def _verify(folder: Path) -> None:

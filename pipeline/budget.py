@@ -4,18 +4,25 @@ Uniform: every layer gets what `moe` says, resolved against its own d_ff.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline import hosts
 from pipeline.config import MoEConfig
-from pipeline.shape import MoEShape, check_start, resolve_d_ff_expert, resolve_init
+from pipeline.record import check_layers
+from pipeline.shape import (
+    MoEShape,
+    check_start,
+    check_virtual_groups,
+    resolve_d_ff_expert,
+    resolve_init,
+)
 
 
 def uniform(
     record: Mapping[str, Any], moe: MoEConfig, layers: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
-    """What the `budget` stage writes for each layer: `layer`, `shape`, `host`, `init`.
+    """What the `budget` stage writes for each layer: `layer`, `shape`, `init`, `host`.
 
     Args:
         record: of the dense model, `stages/dense/dense.json`.
@@ -24,20 +31,31 @@ def uniform(
         ConfigError: sizes that do not fit the model, or no host for what is asked.
         InputError: a layer that the model does not have.
     """
-    shapes = {}
-    for layer in layers:
-        ffn = hosts.layer_of(record, layer)
-        shapes[layer] = MoEShape(
-            d_model=record["d_model"],
-            d_ff=ffn["d_ff"],
-            d_ff_expert=resolve_d_ff_expert(moe.d_ff_expert, ffn["d_ff"]),
-            n_experts=moe.n_experts,
-            top_k=moe.top_k,
-            activation=ffn["activation"],
-            gated=ffn["gated"],
-            bias=ffn["bias"],
-            router_function="softmax_topk",
-        )
+    check_layers(list(layers), record["n_layers"])
+    shapes = {layer: _shape(record, moe, layer) for layer in sorted(layers)}
     host, reason = hosts.choose(moe.host.name, record, shapes)
     print(f"host: {host.name} ({reason})", flush=True)
-    ...
+    plans = {}
+    for layer, shape in shapes.items():
+        init = resolve_init(moe.init.name, moe.init_from_dense, shape.d_ff, shape.d_ff_expert)
+        check_start(shape, init)
+        if moe.virtual_groups:
+            check_virtual_groups(shape, init, moe.router_init.name)
+        hosted = replace(shape, router_function=host.router_function)
+        plans[layer] = {"layer": layer, "shape": asdict(hosted), "init": init, "host": host.name}
+    return plans
+
+
+def _shape(record: Mapping[str, Any], moe: MoEConfig, layer: int) -> MoEShape:
+    ffn = record["layers"][layer]
+    return MoEShape(
+        d_model=record["d_model"],
+        d_ff=ffn["d_ff"],
+        d_ff_expert=resolve_d_ff_expert(moe.d_ff_expert, ffn["d_ff"]),
+        n_experts=moe.n_experts,
+        top_k=moe.top_k,
+        activation=ffn["activation"],
+        gated=ffn["gated"],
+        bias=ffn["bias"],
+        router_function="softmax_topk",
+    )

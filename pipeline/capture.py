@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.activations import record_ffn
-from pipeline.config import CaptureConfig
-from pipeline.dense import check_layers, find_ffns
+from pipeline.config import CaptureConfig, Dtype
+from pipeline.dense import find_ffns
+from pipeline.record import check_layers
 from pipeline.runtime import Progress, silent
 from pipeline.store import LayerReader, LayerWriter
 
@@ -98,3 +99,10 @@ def _capture_shard(
         ffn_input, ffn_output = (torch.cat(side) for side in zip(*pairs, strict=True))
         writers[layer].write_shard(split, k, ffn_input, ffn_output)
     return sequences.numel()
+
+
+def stored_dtype(dtype: Dtype, model_dtype: torch.dtype) -> torch.dtype:
+    """The store's dtype: `auto` is bfloat16, and float16 for a float16 model."""
+    if dtype is not Dtype.auto:
+        return getattr(torch, dtype.name)
+    return torch.float16 if model_dtype is torch.float16 else torch.bfloat16

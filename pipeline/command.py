@@ -52,9 +52,7 @@ def stage(
     exit_with(lambda: _configured(run, args.overrides, extra))
 
 
-def _alone(
-    run: Callable[[ConvertConfig, RuntimeConfig], None], overrides: list[str]
-) -> None:
+def _alone(run: Callable[[ConvertConfig, RuntimeConfig], None], overrides: list[str]) -> None:
     cfg, how = compose.standalone(overrides)
     runtime.configure(how)
     run(cfg, how)

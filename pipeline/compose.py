@@ -13,6 +13,7 @@ schema here.
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,13 @@ def compose(overrides: list[str], config_name: str = "config") -> DictConfig:
 
 def checked(composed: DictConfig) -> Config:
     """Merge into the schema and check every rule; raises `ConfigError`."""
-    _refuse_code_and_secrets(OmegaConf.to_container(composed, resolve=False))
+    plain = OmegaConf.to_container(composed, resolve=False)
+    _refuse_code_and_secrets(plain)
+    for key in sorted(_flat_keys(plain) - leaves(_everything()).keys() - _sections()):
+        raise _unknown_key(key)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
-        missing = sorted(OmegaConf.missing_keys(merged))
+        missing = sorted(OmegaConf.missing_keys(merged) | OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(
                 "A setting has no value.",
@@ -163,8 +167,9 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
             remedy="choose one of these; any other dense model is "
             "model=pretrained model.id=<hub id or folder> model.layers=[...]",
         )
-    if isinstance(error, ConfigKeyError) or "not in struct" in first:
-        return _unknown_key(key or first)
+    absent = re.match(r"Could not override '(.+?)'", first)
+    if isinstance(error, ConfigKeyError) or absent:
+        return _unknown_key(absent[1] if absent else key or first)
     if isinstance(error, InterpolationResolutionError):
         remedy = "write the value out"
     else:
@@ -198,6 +203,18 @@ def _everything() -> Config:
     cfg = Config()
     cfg.model.embedded = EmbeddedModelConfig()
     return cfg
+
+
+def _flat_keys(node: Any, path: str = "") -> set[str]:
+    if not isinstance(node, dict) or not node:
+        return {path}
+    return {k for key, below in node.items() for k in _flat_keys(below, f"{path}.{key}".strip("."))}
+
+
+def _sections() -> set[str]:
+    """Keys that hold others, which may be null as a whole (`model.embedded`)."""
+    keys = leaves(_everything())
+    return {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
 
 
 def differences(composed: Any, present: Any, path: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from omegaconf import MISSING
 from pipeline.errors import ConfigError
 
 SPLITS = ("train", "validation", "heldout", "shifted")
-"""Parts of the text. Everything chosen is chosen on `validation`; only `evaluate` reads the last two."""
+"""Parts of the text: what is chosen is chosen on the second, only `evaluate` reads the last two."""
 
 CAPTURED_SPLITS = ("train", "validation", "heldout")
 
@@ -157,7 +157,9 @@ class MoEConfig:
 
     n_experts: int = MISSING
     top_k: int = MISSING  # experts run per token
-    d_ff_expert: int | float | None = MISSING  # null = d_ff; float in (0, 1] = fraction of it; int >= 8 = neurons
+    d_ff_expert: int | float | None = (
+        MISSING  # null = d_ff; float in (0, 1] = fraction of it; int >= 8 = neurons
+    )
     init_from_dense: bool = MISSING  # false = init: random
     init: Init = MISSING
     init_noise: float = MISSING  # of each weight's standard deviation, on replicated experts
@@ -178,7 +180,9 @@ class TrainConfig:
     warmup_steps: int = MISSING
     schedule: Schedule = MISSING
     grad_clip: float = MISSING  # largest global gradient norm
-    normalize_mse: bool = MISSING  # divide by the variance of the target; false = the seed's formula
+    normalize_mse: bool = (
+        MISSING  # divide by the variance of the target; false = the seed's formula
+    )
     use_cosine_loss: bool = MISSING
     cosine_loss_weight: float = MISSING
     load_balance_coef: float = MISSING
@@ -325,7 +329,7 @@ def validate(cfg: Config) -> None:
     if (cfg.model.id is None) == (cfg.model.embedded is None):
         raise ConfigError(
             "It is not clear which dense model is meant.",
-            value=f"model.id={cfg.model.id}, model.embedded={'given' if cfg.model.embedded else None}",
+            value=f"model.id={cfg.model.id}, model.embedded={cfg.model.embedded}",
             rule="either model.id names a model, or model.embedded says how to train one",
             remedy="choose model=tiny, or model=pretrained model.id=<hub id or folder>",
         )

@@ -43,10 +43,14 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str = "auto",
+    device: torch.device | str = "cpu",
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal LM from a local folder or the hub, in evaluation mode, from safetensors only.
+
+    Args:
+        device: where it goes, unless `device_map` spreads it as transformers does.
 
     Raises:
         ConfigError: remote code without a pinned revision.
@@ -62,7 +66,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    return model.eval()
+    return model.eval() if device_map else model.eval().to(device)  # pyright: ignore
 
 
 def load_tokenizer(
@@ -85,15 +89,29 @@ def resolve(
 ) -> dict[str, Any]:
     """The record of a dense model: pinned revision, SHA-256 of its files, `describe`.
 
-    Reads every byte of the files once; builds the model only on the meta device.
+    Reads every byte of the files once.
     """
+    described = inspect(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    commit = described["revision"]
+    with _explained(source):
+        folder = Path(source if commit is None else snapshot_download(source, revision=commit))
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
+    return {"digests": {p.name: workdir.file_digest(p) for p in files}, **described}
+
+
+def inspect(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`describe` and the pinned revision, from the configuration alone: no weight is read."""
     _check_source(source, revision, trust_remote_code)
     with _explained(source):
         config = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
-        commit = None if Path(source).is_dir() else config._commit_hash
-        folder = Path(source if commit is None else snapshot_download(source, revision=commit))
         with torch.device("meta"):
             stored = config.dtype or torch.float32
             model = AutoModelForCausalLM.from_config(
@@ -101,10 +119,8 @@ def resolve(
                 dtype=stored if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
             )
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
     return {
-        "revision": commit,
-        "digests": {p.name: workdir.file_digest(p) for p in files},
+        "revision": None if Path(source).is_dir() else config._commit_hash,
         **describe(model),
     }
 
@@ -189,9 +205,13 @@ class FFNSlot:
     """The place of one layer's FFN in a model."""
 
     index: int
+    path: str  # of the module in the model
     parent: nn.Module
-    name: str
     formula: Formula
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
 
     @property
     def module(self) -> nn.Module:
@@ -227,32 +247,22 @@ def find_ffns(model: nn.Module) -> list[FFNSlot]:
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     slots, known = [], {}
-    for index, layer in enumerate(_layers(model, config.num_hidden_layers)):
-        parent, name = _propose(layer, config.hidden_size)
-        module = getattr(parent, name)
+    for index, (path, layer) in enumerate(_layers(model, config.num_hidden_layers)):
+        below = _propose(layer, config.hidden_size)
+        module = layer.get_submodule(below)
         kind = (type(module), tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
         if kind not in known:
             known[kind] = _verified_formula(module, layer, config.hidden_size)
-        slots.append(FFNSlot(index, parent, name, known[kind]))
+        parent = layer.get_submodule(below.rpartition(".")[0])
+        slots.append(FFNSlot(index, f"{path}.{below}", parent, known[kind]))
     return slots
 
 
-def check_layers(layers: list[int], n_layers: int) -> None:
-    """Raise `InputError` when the model does not have one of `layers`."""
-    beyond = [k for k in layers if k >= n_layers]
-    if beyond:
-        raise InputError(
-            "The model does not have these layers.",
-            value=f"model.layers={layers}",
-            rule=f"the model has {n_layers} layers: 0 to {n_layers - 1}",
-            remedy=f"remove {beyond} from model.layers",
-        )
-
-
-def _layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    for module in model.modules():
+def _layers(model: nn.Module, n_layers: int) -> list[tuple[str, nn.Module]]:
+    """The layers and their paths in the model."""
+    for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
+            return [(f"{path}.{index}", layer) for index, layer in enumerate(module)]
     raise _refused(model, model, "it has no list of num_hidden_layers layers")
 
 
@@ -262,7 +272,8 @@ def _projections(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {n: (_weight(module, n).shape[0], _weight(module, n).shape[1]) for n in found}
 
 
-def _propose(layer: nn.Module, d_model: int) -> tuple[nn.Module, str]:
+def _propose(layer: nn.Module, d_model: int) -> str:
+    """The path of the FFN in its layer."""
     for path, module in layer.named_modules():  # outermost first
         if not path or any("attn" in part or "attention" in part for part in path.split(".")):
             continue
@@ -270,8 +281,7 @@ def _propose(layer: nn.Module, d_model: int) -> tuple[nn.Module, str]:
         widens = any(i == d_model for _, i in shapes)
         narrows = any(o == d_model for o, _ in shapes)
         if len(_projections(module)) > 1 and widens and narrows:
-            parent, _, name = path.rpartition(".")
-            return layer.get_submodule(parent), name
+            return path
     raise _refused(layer, layer, "no module outside attention holds an FFN's projections")
 
 

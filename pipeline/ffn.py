@@ -90,5 +90,5 @@ class DenseFFN:
     @classmethod
     def load(cls, path: Path) -> "DenseFFN":
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(**tensors, activation=file.metadata()["activation"])

@@ -4,7 +4,8 @@
 shape, the dtype of its weights, the host that it was trained for, and how training went.
 """
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pipeline.errors import ArtifactError
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
-WEIGHTS, CONFIG = "layer.safetensors", "config.json"
+WEIGHTS, CONFIG, HISTORY = "layer.safetensors", "config.json", "history.csv"
 
 
 def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:
@@ -48,6 +49,20 @@ def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
         raise _unusable(folder, f"its tensors are not those of its shape: {differing}")
     moe.load_state_dict(tensors)
     return moe, record
+
+
+def write_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """One row per validation; the start's has no training losses."""
+    names = {name: None for row in reversed(rows) for name in row}
+    with (folder / HISTORY).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    with (folder / HISTORY).open(encoding="utf-8", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def _unusable(folder: Path, why: str) -> ArtifactError:

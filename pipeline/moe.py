@@ -28,7 +28,7 @@ class SparseMoE(nn.Module):
     Parameters: `router.weight` (E, D); `gate_up_proj` (E, 2H, D), gate first, where gated, else
     `up_proj` (E, H, D); `down_proj` (E, D, H); where the dense FFN has biases `gate_up_bias`
     (E, 2H) or `up_bias` (E, H), and `down_bias` (E, D). They are zero until loaded:
-    `experts.start_experts` and `start_router` make a start.
+    `start.start_layer` makes a start.
     """
 
     down_proj: Tensor

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import workdir
 from pipeline.config import ModelConfig
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, InputError
 
 RECORD, EMBEDDED = "dense.json", "model"
 
@@ -40,3 +40,15 @@ def source(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
                     remedy="restore the file, or remove stages/dense and run `dvc repro`",
                 )
     return model.id, record["revision"]
+
+
+def check_layers(layers: list[int], n_layers: int) -> None:
+    """Raise `InputError` when the model does not have one of `layers`."""
+    beyond = [k for k in layers if k >= n_layers]
+    if beyond:
+        raise InputError(
+            "The model does not have these layers.",
+            value=f"model.layers={layers}",
+            rule=f"the model has {n_layers} layers: 0 to {n_layers - 1}",
+            remedy=f"remove {beyond} from model.layers",
+        )

@@ -1,21 +1,17 @@
-"""The router: which experts a token takes, with what weights, and how it starts.
+"""The router: which experts a token takes, and with what weights.
 
 A router is one linear map without bias, `router_logits = x @ weight.T`, always in float32: that is
 what every native host has. The function from logits to weights is the host's, and a layer is
 trained under exactly the function that it will run with.
 
-Shapes: T tokens, D d_model, E experts, K top_k, G groups of dense neurons, R replicas (E = R G).
+Shapes: T tokens, D d_model, E experts, K top_k.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from pipeline.errors import ConfigError
-from pipeline.shape import MoEShape
 
 
 class Routing(NamedTuple):

@@ -148,3 +148,22 @@ def check_start(shape: MoEShape, init: str) -> None:
             rule="moe.init=slice needs moe.n_experts to be a multiple of the number of groups",
             remedy=f"the nearest valid: {' or '.join(f'moe.n_experts={n}' for n in near)}",
         )
+
+
+def check_virtual_groups(shape: MoEShape, init: str, router_init: str) -> None:
+    """Raise `ConfigError` where no top-k could take whole replicas of the dense FFN."""
+    if init == "random" or shape.top_k % shape.groups:
+        raise ConfigError(
+            "Virtual groups need whole replicas of the dense FFN to choose from.",
+            value=f"moe.init={init}, moe.top_k={shape.top_k}, {shape.groups} groups",
+            rule="moe.virtual_groups=true needs experts started from the dense FFN, and moe.top_k "
+            "a multiple of the number of groups (d_ff / d_ff_expert)",
+            remedy=f"set moe.top_k={shape.groups}, or moe.virtual_groups=false",
+        )
+    if router_init == "zero" and shape.replicas > 1:
+        raise ConfigError(
+            "Virtual groups cannot start from a router that prefers nothing.",
+            value=f"moe.router_init=zero, {shape.replicas} replicas",
+            rule="with several replicas their router rows must differ",
+            remedy="set moe.router_init=random or ridge",
+        )

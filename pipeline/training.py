@@ -6,33 +6,27 @@ makes a layer worse. A killed run goes on from its last checkpoint, bit for bit 
 optimizer, best state, history and the position in the shuffled rows (a function of seed and step).
 """
 
-import csv
-import io
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline import resume
 from pipeline.config import MoEConfig, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
-from pipeline.layers import save_layer
+from pipeline.kernels import pick_kernel
+from pipeline.layers import save_layer, write_history
 from pipeline.moe import SparseMoE
 from pipeline.router import load_balance_loss, router_z_loss
 from pipeline.runtime import Progress, silent
 from pipeline.start import start_layer
 from pipeline.store import LayerReader
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
@@ -82,10 +76,12 @@ def train_layer(
         )
     total = cfg.epochs * steps_per_epoch
     objective = Objective(reader, cfg, device, dtype)
-    moe = start_layer(ffn, plan, moe_cfg, cfg.kernel, reader, seed=seed, device=device)
+    moe = start_layer(ffn, plan, moe_cfg, reader, seed=seed).to(device)
+    moe.kernel, reason = pick_kernel(device.type, dtype, moe.shape, cfg.kernel.name)
+    print(f"layer {plan['layer']}: kernel {moe.kernel} ({reason})", flush=True)
     fit = Fit(moe, _optimizer(moe, cfg), best=_copy(moe))
-    if (folder / CHECKPOINT).is_file():
-        _restore(fit, folder / CHECKPOINT)
+    if (folder / resume.CHECKPOINT).is_file():
+        _restore(fit, folder / resume.CHECKPOINT)
     else:
         _validate(fit, objective)
     for ffn_input, ffn_output in _remaining(reader, cfg, seed, fit.step, steps_per_epoch):
@@ -94,7 +90,7 @@ def train_layer(
             _validate(fit, objective, terms)
             progress(fit.step, total, _note(fit))
         if fit.step % cfg.checkpoint_every == 0:
-            _save(fit, folder / CHECKPOINT)
+            _save(fit, folder / resume.CHECKPOINT)
     return _finish(fit, plan, total, folder)
 
 
@@ -232,58 +228,29 @@ def _copy(moe: SparseMoE) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in moe.state_dict().items()}
 
 
-# Checkpoints: one file, replaced by a rename.
-
-
 def _save(fit: Fit, path: Path) -> None:
-    tensors = {f"model.{name}": t for name, t in _copy(fit.moe).items()}
-    tensors |= {f"best.{name}": t for name, t in fit.best.items()}
-    state = fit.optimizer.state_dict()["state"]
-    for index, moments in state.items():
-        tensors |= {f"optimizer.{index}.{name}": t.cpu() for name, t in moments.items()}
     kept = {
         "step": fit.step,
         "best_step": fit.best_step,
         "best_loss": fit.best_loss,
         "history": fit.history,
     }
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"fit": json.dumps(kept)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    resume.save(path, {"model": fit.moe.state_dict(), "best": fit.best}, fit.optimizer, kept)
 
 
 def _restore(fit: Fit, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        kept = json.loads(file.metadata()["fit"])
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    fit.moe.load_state_dict(below("model."))
-    fit.best = below("best.")
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in below("optimizer.").items():
-        index, _, moment = name.partition(".")
-        state.setdefault(int(index), {})[moment] = tensor
-    groups = fit.optimizer.state_dict()["param_groups"]
-    fit.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    states, kept = resume.restore(path, fit.optimizer)
+    fit.moe.load_state_dict(states["model"])
+    fit.best = states["best"]
     fit.step, fit.best_step = kept["step"], kept["best_step"]
     fit.best_loss, fit.history = kept["best_loss"], kept["history"]
 
 
 def _finish(fit: Fit, plan: Mapping[str, Any], total: int, folder: Path) -> SparseMoE:
     fit.moe.load_state_dict(fit.best)
-    names = {name: None for row in reversed(fit.history) for name in row}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(fit.history)
-    (folder / "history.csv").write_text(text.getvalue())
+    write_history(folder, fit.history)
     best = next(row for row in fit.history if row["step"] == fit.best_step)
     trained = {"steps": total, "best_step": fit.best_step, "validation": best}
     save_layer(fit.moe, folder, {**plan, "training": trained})
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    (folder / resume.CHECKPOINT).unlink(missing_ok=True)
     return fit.moe

@@ -184,7 +184,7 @@ def file_digest(path: Path) -> str:
 
 
 def publish(work: Path, out: Path) -> None:
-    """Make `out` a hard-link copy of `work` by one rename; an old `out` is replaced, never edited."""
+    """Make `out` a hard-link copy of `work` by one rename; an old `out` is never edited."""
     new, old = (out.parent / f".{out.name}.{name}.tmp" for name in ("new", "old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -249,7 +249,12 @@ def _module_path(module: str) -> Path | None:
 
 def _imports(path: Path) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    open_: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while open_:
+        node = open_.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue  # never runs
+        open_ += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:

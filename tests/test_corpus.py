@@ -300,12 +300,13 @@ def test_write_blocks_of_files_reads_only_what_the_budget_needs(tokenizer, tmp_p
     rows = [json.dumps({"text": words(60, seed)}) for seed in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     budget = TokensConfig(train=2048, validation=256, heldout=256, shifted=256)
-    cfg = data_config(DataSource.files, files=[str(tmp_path / "rows.jsonl")], tokens=budget)
+    (tmp_path / "unread.jsonl").write_text(rows[0])
+    files = [str(tmp_path / name) for name in ("rows.jsonl", "unread.jsonl")]
+    cfg = data_config(DataSource.files, files=files, tokens=budget)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     corpus.write_blocks(cfg, tokenizer, tmp_path / "a")
-    with (tmp_path / "rows.jsonl").open("ab") as file:
-        file.write(b"\nnot a row")
+    (tmp_path / "unread.jsonl").write_text("not a row")
     corpus.write_blocks(cfg, tokenizer, tmp_path / "b")
     for name in ("train", "validation", "heldout", "shifted"):
         first, second = (corpus.read_blocks(tmp_path / x, name) for x in "ab")

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from pipeline import dense
+from pipeline import dense, record
 from pipeline.errors import ConfigError, InputError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -97,7 +97,7 @@ def test_what_has_no_dense_ffn_module_is_refused_with_what_was_seen(family: str,
 
 def test_layers_that_the_model_lacks_are_refused():
     with pytest.raises(InputError, match="0 to 1"):
-        dense.check_layers([0, 2], 2)
+        record.check_layers([0, 2], 2)
 
 
 def test_a_missing_model_is_refused_in_one_line_with_the_token_hint(tmp_path: Path):

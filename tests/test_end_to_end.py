@@ -33,7 +33,11 @@ class Checkout:
 
     def run(self, command: str, expect: int = 0) -> str:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
-        names = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        names = {
+            f"GIT_{who}_{what}": "a@b"
+            for who in ("AUTHOR", "COMMITTER")
+            for what in ("NAME", "EMAIL")
+        }
         path = f"{Path(sys.executable).parent}:{inherited['PATH']}"
         done = subprocess.run(
             command,
@@ -64,7 +68,18 @@ def stages_run(output: str) -> set[str]:
     return {line.split("'")[1] for line in lines}
 
 
-ALL = {"config", "dense", "tokens", "capture", "budget", "train@0", "train@1", "heal", "convert", "evaluate"}
+ALL = {
+    "config",
+    "dense",
+    "tokens",
+    "capture",
+    "budget",
+    "train@0",
+    "train@1",
+    "heal",
+    "convert",
+    "evaluate",
+}
 AFTER_MOE = {"config", "budget", "train@0", "train@1", "heal", "convert", "evaluate"}
 
 
@@ -156,9 +171,9 @@ def test_conversion_alone_needs_only_three_paths(checkout: Checkout, tmp_path: P
     shutil.copytree(checkout.root / "stages/dense/model", tmp_path / "dense")
     shutil.copytree(checkout.root / "stages/train", tmp_path / "layers")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+    paths = ["convert.dense=dense", "convert.layers=layers", "convert.output=sparse"]
     subprocess.run(
-        [sys.executable, "-m", "pipeline.stages.convert", "convert.dense=dense"]
-        + ["convert.layers=layers", "convert.output=sparse"],
+        [sys.executable, "-m", "pipeline.stages.convert", *paths],
         cwd=tmp_path,
         env=environment,
         check=True,

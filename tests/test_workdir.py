@@ -107,9 +107,9 @@ def test_damaged_finished_work_is_computed_again(out: Path):
 
 
 def test_a_second_run_waits_and_then_names_the_holder(out: Path, tmp_path: Path):
-    with workdir.lock(tmp_path / ".scratch" / "locks" / "thing", 1):
-        with pytest.raises(ResourceError, match=f"pid {os.getpid()}"):
-            produce(out)
+    held = workdir.lock(tmp_path / ".scratch" / "locks" / "thing", 1)
+    with held, pytest.raises(ResourceError, match=f"pid {os.getpid()}"):
+        produce(out)
     assert len(produce(out)) == 1
 
 

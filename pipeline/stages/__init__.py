@@ -1,6 +1,9 @@
 """The stages of the DAG, one thin module each; what each writes lies in the folder named here."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+from pipeline import workdir
 
 CONFIG = Path("stages/config")
 DENSE = Path("stages/dense")
@@ -12,3 +15,9 @@ HEAL = Path("stages/heal")
 CONVERT = Path("stages/convert")
 EVALUATE = Path("stages/evaluate")
 REPORTS = Path("reports")
+
+
+def final_layers(layers: Iterable[int]) -> dict[int, Path]:
+    """Where each layer's last state lies: in `heal` where it was healed, in `train` otherwise."""
+    healed = workdir.read_json(HEAL / "healed.json")["layers"]
+    return {k: (HEAL if k in healed else TRAIN) / f"layer_{k}" for k in layers}

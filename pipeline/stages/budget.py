@@ -20,6 +20,10 @@ PARAMS = (
     "moe.n_experts",
     "moe.top_k",
     "moe.d_ff_expert",
+    "moe.init",
+    "moe.init_from_dense",
+    "moe.virtual_groups",
+    "moe.router_init",
     "moe.host",
 )
 

@@ -33,11 +33,10 @@ def run(cfg: Config) -> None:
             source,
             revision=revision,
             dtype=cfg.model.dtype.name,
+            device=runtime.pick_device(cfg.runtime),
             device_map=cfg.model.device_map,
             trust_remote_code=cfg.model.trust_remote_code,
         )
-        if cfg.model.device_map is None:
-            model = model.to(runtime.pick_device(cfg.runtime))
         blocks = {split: corpus.read_blocks(TOKENS, split) for split in CAPTURED_SPLITS}
         kept = max(1, cfg.capture.heldout_tokens // blocks["heldout"].shape[1])
         blocks["heldout"] = blocks["heldout"][:kept]

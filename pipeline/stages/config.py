@@ -10,15 +10,13 @@ Run:    python -m pipeline.stages.config
 """
 
 import os
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from pipeline import command, compose
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-
-OUT = Path("stages/config")
+from pipeline.stages import CONFIG
 
 
 def run(cfg: Config) -> None:
@@ -33,8 +31,8 @@ def run(cfg: Config) -> None:
                 rule="dvc repro reads params.yaml, which must follow conf/",
                 remedy="make the choice in conf/ and run `python -m pipeline compose`",
             )
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "checked.txt").write_text("params.yaml is what conf/ composes to\n")
+    CONFIG.mkdir(parents=True, exist_ok=True)
+    (CONFIG / "checked.txt").write_text("params.yaml is what conf/ composes to\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pipeline import command, record, runtime, workdir
 from pipeline.config import Config, ConvertConfig, RuntimeConfig, select
-from pipeline.errors import ConfigError, InputError
-from pipeline.stages import CONVERT, DENSE, HEAL, TRAIN
+from pipeline.errors import ConfigError
+from pipeline.stages import CONVERT, DENSE, final_layers
 
 PARAMS = (
     "convert",
@@ -30,8 +30,7 @@ PARAMS = (
 
 
 def run(cfg: Config) -> None:
-    healed = workdir.read_json(HEAL / "healed.json")["layers"]
-    layers = {k: (HEAL if k in healed else TRAIN) / f"layer_{k}" for k in cfg.model.layers}
+    layers = final_layers(cfg.model.layers)
 
     def compute(folder: Path) -> None:
         from pipeline import checkpoint
@@ -74,14 +73,14 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             remedy=f"add {' '.join(f'convert.{name}=...' for name in missing)}",
         )
     assert cfg.dense and cfg.layers and cfg.output
-    dense, output = cfg.dense, Path(cfg.output)
-    folders = layer_folders(Path(cfg.layers))
+    from pipeline import checkpoint
+
+    source, output = cfg.dense, Path(cfg.output)
+    folders = checkpoint.layer_folders(Path(cfg.layers))
 
     def compute(folder: Path) -> None:
-        from pipeline import checkpoint
-
         checkpoint.assemble(
-            dense,
+            source,
             folders,
             folder,
             revision=cfg.revision,
@@ -96,7 +95,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
         module="pipeline.stages.convert",
         settings={"max_shard_size": cfg.max_shard_size, "tolerance": cfg.tolerance},
         inputs={
-            "dense": dense,
+            "dense": _identity(source, cfg.revision),
             **{f"layer_{k}": workdir.digest(folder) for k, folder in folders.items()},
         },
         compute=compute,
@@ -106,18 +105,12 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     shutil.rmtree(scratch)
 
 
-def layer_folders(folder: Path) -> dict[int, Path]:
-    """Every `layer_K` below `folder`, by K."""
-    named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
-    found = {int(k): p for k, p in named.items() if k.isdigit()}
-    if not found:
-        raise InputError(
-            "There are no trained layers.",
-            value=folder.absolute(),
-            rule="convert.layers is a folder that holds layer_0, layer_1, ...",
-            remedy="name the folder that `train` wrote, stages/train",
-        )
-    return dict(sorted(found.items()))
+def _identity(source: str, revision: str | None) -> str:
+    """What the dense model is: its files' digests, or its name and revision on the hub."""
+    if not Path(source).is_dir():
+        return f"{source}@{revision}"
+    files = sorted(p for p in Path(source).iterdir() if p.is_file())
+    return " ".join(f"{p.name}:{workdir.file_digest(p)}" for p in files)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def run(cfg: Config) -> None:
         source = cfg.model.id or str(folder / EMBEDDED)
         if cfg.model.embedded:
             _train_embedded(cfg, folder / EMBEDDED)
-        described = dense.inspect(
+        described = dense.resolve(
             source,
             revision=cfg.model.revision,
             dtype=cfg.model.dtype.name,
@@ -50,10 +50,10 @@ def run(cfg: Config) -> None:
 
 
 def _train_embedded(cfg: Config, folder: Path) -> None:
-    from pipeline import corpus, pretrain
+    from pipeline import corpus, documents, pretrain
 
     assert cfg.model.embedded
-    splits = corpus.split(corpus.embedded_documents())
+    splits = corpus.split(documents.embedded_documents())
     device = runtime.pick_device(cfg.runtime)
     with runtime.progress("dense") as progress:
         pretrain.train(

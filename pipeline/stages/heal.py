@@ -6,8 +6,6 @@ Cost:   nothing
 Run:    python -m pipeline.stages.heal [key=value ...]
 """
 
-from pathlib import Path
-
 from pipeline import command, workdir
 from pipeline.config import Config, select
 from pipeline.stages import HEAL, TRAIN

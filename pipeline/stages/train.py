@@ -15,8 +15,6 @@ from pipeline.stages import BUDGET, CAPTURE, TRAIN
 PARAMS = (
     "seed",
     "train",
-    "moe.init_from_dense",
-    "moe.init",
     "moe.init_noise",
     "moe.virtual_groups",
     "moe.router_init",

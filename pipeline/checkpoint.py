@@ -1,0 +1,238 @@
+"""From trained layers to a sparse checkpoint that stock transformers loads.
+
+The layers take the FFNs' places in the dense model; its tensors are renamed into the host
+architecture without a copy and saved as `save_pretrained` does. Then a fresh process that knows
+nothing of this package opens the folder, and its logits and greedy continuation must be those of
+the model in memory. Both sides compute in float32, on equal weights as stored.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline import dense, hosts, reload
+from pipeline.errors import ArtifactError, ConfigError, InputError
+from pipeline.layers import load_layer
+from pipeline.moe import SparseMoE
+from pipeline.record import check_layers
+
+PROBE_SEQUENCES, PROBE_TOKENS, NEW_TOKENS = 2, 32, 16
+
+
+def convert_to_sparse(
+    dense_model: nn.Module, layers_folder: Path | str, layers: Sequence[int] | None = None
+) -> nn.Module:
+    """Put trained layers in the FFNs' places, in memory; returns the same model.
+
+    Args:
+        dense_model: of transformers; it is changed. Each layer takes its FFN's dtype and device.
+        layers_folder: holds `layer_K/` as `train` writes them.
+        layers: which of them; null = all that are there.
+
+    Raises:
+        InputError: there are no such layers, or they belong to another model.
+        ArtifactError: a layer is damaged.
+    """
+    folders = layer_folders(Path(layers_folder))
+    chosen = folders if layers is None else {k: Path(layers_folder) / f"layer_{k}" for k in layers}
+    _replace_ffns(dense_model, {k: load_layer(folder)[0] for k, folder in chosen.items()})
+    return dense_model
+
+
+def layer_folders(folder: Path) -> dict[int, Path]:
+    """Every `layer_K` in `folder`, by K; `InputError` when there is none."""
+    named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
+    found = {int(k): p for k, p in named.items() if k.isdigit()}
+    if not found:
+        raise InputError(
+            "There are no trained layers.",
+            value=folder.absolute(),
+            rule="a folder that holds layer_0, layer_1, ...",
+            remedy="name the folder that `train` wrote, stages/train",
+        )
+    return dict(sorted(found.items()))
+
+
+def assemble(
+    source: str,
+    layer_folders: Mapping[int, Path],
+    folder: Path,
+    *,
+    device: torch.device,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str = "2GB",
+    tolerance: float = 1e-3,
+) -> None:
+    """Write the sparse checkpoint of the dense model `source` to `folder`, and verify it.
+
+    Args:
+        tolerance: largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        ConfigError: the layers' host cannot hold this model.
+        InputError: the layers belong to another model.
+        ArtifactError: a layer is damaged, or the reloaded checkpoint computes something else.
+    """
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = dense.load_model(source, dtype=dtype, device=device, device_map=device_map, **loading)
+    described = dense.describe(model)
+    read = {k: load_layer(path) for k, path in layer_folders.items()}
+    host = _host({k: record["host"] for k, (_, record) in read.items()})
+    shapes = {k: moe.shape for k, (moe, _) in read.items()}
+    refusal = hosts.can_host(host, described, shapes)
+    if refusal:
+        raise ConfigError(
+            f"{host.name} cannot hold this conversion.",
+            value=refusal,
+            rule="the host of the layers holds the dense model",
+            remedy="convert every layer that it needs, or train for another moe.host",
+        )
+    paths = _replace_ffns(model, {k: moe for k, (moe, _) in read.items()})
+    tensors = _hosted_tensors(model, host, paths)
+    save_hosted(
+        model, tensors, host, hosts.config_fields(host, described, shapes), folder, max_shard_size
+    )
+    tokenizer = dense.load_tokenizer(source, **loading)
+    tokenizer.save_pretrained(folder)
+    expected = reload.compute(model.float(), probe(described["vocab_size"]), NEW_TOKENS)
+    del model, read
+    gc.collect()
+    compare(expected, reload_elsewhere(folder, described["vocab_size"]), tolerance, folder)
+
+
+def _host(names: Mapping[int, str]) -> hosts.Host:
+    if len(set(names.values())) > 1:
+        raise InputError(
+            "The layers were trained for different hosts.",
+            value=", ".join(f"layer {k}: {name}" for k, name in names.items()),
+            rule="one moe.host for all layers, since it fixes the router function",
+            remedy="train the layers with one moe.host",
+        )
+    return hosts.HOSTS[next(iter(names.values()))]
+
+
+def _replace_ffns(model: nn.Module, layers: Mapping[int, SparseMoE]) -> dict[int, str]:
+    """Put the layers in; returns where each lies in the model."""
+    slots = dense.find_ffns(model)
+    check_layers(list(layers), len(slots))
+    for k, moe in layers.items():
+        slot = slots[k]
+        here, there = (slot.d_model, slot.d_ff), (moe.shape.d_model, moe.shape.d_ff)
+        if here != there:
+            raise InputError(
+                f"Layer {k} was trained for another dense model.",
+                value=f"d_model, d_ff {there}; the model has {here}",
+                rule="a layer replaces an FFN of the sizes that it was trained on",
+                remedy="give the dense model that was captured",
+            )
+        like = slot.weights().up_proj
+        slot.replace(moe.to(like.device, like.dtype).eval())
+    return {k: slots[k].path for k in layers}
+
+
+def _hosted_tensors(
+    model: nn.Module, host: hosts.Host, paths: Mapping[int, str]
+) -> dict[str, Tensor]:
+    """The model's tensors, not copied, under the host's names."""
+    tensors = dict(model.state_dict())
+    for k, path in paths.items():
+        own = [name for name in tensors if name.startswith(f"{path}.")]
+        for name in own:
+            tensors[hosts.rename(host, k, name.removeprefix(f"{path}."))] = tensors.pop(name)
+    return tensors
+
+
+def save_hosted(
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    host: hosts.Host,
+    fields: Mapping[str, Any],
+    folder: Path,
+    max_shard_size: str,
+) -> None:
+    """Save `tensors` as a model of the host, with the generation config of `model`."""
+    config = AutoConfig.for_model(host.name, **fields)
+    with torch.device("meta"):
+        hosted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    _check_names(set(hosted.state_dict()), set(tensors))
+    hosted.load_state_dict(tensors, assign=True)
+    hosted.tie_weights()
+    hosted.generation_config = model.generation_config
+    hosted.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _check_names(wanted: set[str], given: set[str]) -> None:
+    if wanted != given:
+        raise ArtifactError(
+            "The tensors are not those of the host.",
+            value=f"missing {sorted(wanted - given)}, left over {sorted(given - wanted)}",
+            rule="every tensor of the host is given, and none besides",
+            remedy="this is a defect of ours: please report it with the model's name",
+        )
+
+
+# Verification
+
+
+def probe(vocab_size: int) -> Tensor:
+    """(sequences, tokens) random token ids, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    size = (PROBE_SEQUENCES, PROBE_TOKENS)
+    return torch.randint(vocab_size, size, generator=generator)
+
+
+def reload_elsewhere(folder: Path, vocab_size: int) -> dict[str, Tensor]:
+    """`logits` and `generated` of a checkpoint in a fresh process without this package.
+
+    Raises:
+        ArtifactError: it cannot be opened, or a tensor is missing or left over.
+    """
+    with TemporaryDirectory() as scratch:
+        out = Path(scratch) / "computed.safetensors"
+        ids = json.dumps(probe(vocab_size).tolist())
+        arguments = [str(folder.absolute()), ids, str(NEW_TOKENS), str(out)]
+        done = subprocess.run(
+            [sys.executable, "-I", reload.__file__, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ArtifactError(
+                "The checkpoint does not open in a fresh process.",
+                value=(done.stderr.strip().splitlines() or ["no message"])[-1],
+                rule="AutoModelForCausalLM opens it with every tensor found and none left over",
+                remedy="this is a defect of ours: please report it with the model's name",
+            )
+        return load_file(out)
+
+
+def compare(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float, folder: Path
+) -> None:
+    """Raise `ArtifactError` where the reloaded model's logits or continuation differ."""
+    largest = float(expected["logits"].abs().max())
+    difference = float((expected["logits"] - found["logits"]).abs().max()) / largest
+    same = torch.equal(expected["generated"], found["generated"])
+    print(f"reloaded: largest logit difference {difference:.1e} of the largest logit", flush=True)
+    if not difference <= tolerance or not same:
+        raise ArtifactError(
+            "The reloaded checkpoint does not compute what the model in memory does.",
+            value=f"{folder}: logits differ by {difference:.2e} of the largest, "
+            f"greedy continuation {'equal' if same else 'differs'}",
+            rule=f"at most convert.tolerance={tolerance}, and the same continuation",
+            remedy="this is a defect of ours: please report it with the model's name",
+        )

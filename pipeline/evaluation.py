@@ -1,0 +1,250 @@
+"""What a conversion cost and lost, on text and rows that nothing was chosen on.
+
+Per layer, on the store's `heldout` rows; for the whole model, the dense and the sparse checkpoint
+side by side on the `heldout` and `shifted` blocks.
+
+Shapes: T tokens, D d_model, V vocab_size.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline import corpus, workdir
+from pipeline.config import EvaluateConfig
+from pipeline.layers import load_layer, read_history
+from pipeline.moe import SparseMoE
+from pipeline.router import routing_statistics
+from pipeline.runtime import Progress, silent
+from pipeline.shape import MoEShape
+from pipeline.store import LayerReader
+
+TEXTS = ("heldout", "shifted")
+ROWS = 4096
+"""Tokens per forward pass of one layer."""
+
+# One layer
+
+
+def evaluate(
+    layers_folder: Path | str,
+    capture_folder: Path | str,
+    layers: Sequence[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[int, dict[str, Any]]:
+    """`{layer: {"mse": ..., "cosine_sim": ..., ...}}` of trained layers, as `layer_metrics`.
+
+    Args:
+        layers_folder: holds `layer_K/` as `train` writes them.
+        capture_folder: holds `layer_K.zarr` as `capture` writes them.
+        layers: null = all that lie in `layers_folder`.
+    """
+    folder, captured = Path(layers_folder), Path(capture_folder)
+    if layers is None:
+        layers = sorted(int(p.name.removeprefix("layer_")) for p in folder.glob("layer_*"))
+    return {
+        k: layer_metrics(
+            load_layer(folder / f"layer_{k}")[0].to(device),
+            LayerReader(captured / f"layer_{k}.zarr"),
+        )
+        for k in layers
+    }
+
+
+@torch.inference_mode()
+def layer_metrics(moe: SparseMoE, reader: LayerReader) -> dict[str, Any]:
+    """Reconstruction and routing on the `heldout` rows, in float32.
+
+    `mse` per element; `cosine_sim` the mean over tokens and `cosine_sim_p5` their 5th percentile;
+    `relative_mse` = sum |y_hat - y|^2 / sum |y|^2. The first token of each sequence, whose norm can
+    be enormous, counts in all of these and once more alone (`first_token`).
+    """
+    device = moe.down_proj.device
+    errors, powers, cosines, ids = [], [], [], []
+    x_TD, y_TD = reader.read("heldout")
+    for x, y in zip(x_TD.split(ROWS), y_TD.split(ROWS), strict=True):
+        y = y.to(device).float()
+        y_hat, routing = moe.forward_routed(x.to(device).float())
+        errors.append((y_hat - y).square().sum(dim=1).double().cpu())
+        powers.append(y.square().sum(dim=1).double().cpu())
+        cosines.append(F.cosine_similarity(y_hat, y, dim=1).double().cpu())
+        ids.append(routing.expert_ids.cpu())
+    error_T, power_T, cosine_T = torch.cat(errors), torch.cat(powers), torch.cat(cosines)
+    first = slice(0, None, reader.sequence_length)
+    return {
+        "mse": float(error_T.mean()) / reader.d_model,
+        "relative_mse": float(error_T.sum() / power_T.sum()),
+        "cosine_sim": float(cosine_T.mean()),
+        "cosine_sim_p5": float(cosine_T.quantile(0.05)),
+        "first_token": {
+            "relative_mse": float(error_T[first].sum() / power_T[first].sum()),
+            "cosine_sim": float(cosine_T[first].mean()),
+        },
+        "routing": routing_statistics(torch.cat(ids), moe.shape.n_experts),
+    }
+
+
+# The whole model
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Both models on the same blocks."""
+
+    perplexity: tuple[float, float]  # dense, sparse
+    byte_perplexity: tuple[float, float]
+    kl: Tensor  # (T,) KL(dense || sparse) of each predicted token, nats
+    top1_agreement: float  # share of tokens for which both prefer the same one
+
+
+@torch.inference_mode()
+def compare_on_text(
+    dense: nn.Module,
+    sparse: nn.Module,
+    blocks: Tensor,
+    text_bytes: int,
+    *,
+    batch_size: int,
+    progress: Progress = silent,
+) -> TextLoss:
+    """Both models' next-token losses on (sequences, sequence_length) token ids.
+
+    Args:
+        text_bytes: UTF-8 bytes of the text in `blocks`; the share of the predicted tokens counts.
+    """
+    loss = torch.zeros(2, dtype=torch.float64)
+    agreed, done, kls = 0, 0, []
+    for batch in blocks.split(batch_size):
+        logits = [_logits(model, batch) for model in (dense, sparse)]
+        for tokens, *pair in zip(batch, *logits, strict=True):
+            dense_TV, sparse_TV = (side[:-1].float().cpu().log_softmax(dim=-1) for side in pair)
+            following = tokens[1:, None]
+            for i, log_p in enumerate((dense_TV, sparse_TV)):
+                loss[i] -= log_p.gather(1, following).double().sum()
+            kls.append((dense_TV.exp() * (dense_TV - sparse_TV)).sum(dim=-1))
+            agreed += int((dense_TV.argmax(-1) == sparse_TV.argmax(-1)).sum())
+        done += batch.numel()
+        progress(done, blocks.numel(), "tokens")
+    predicted = len(blocks) * (blocks.shape[1] - 1)
+    predicted_bytes = text_bytes * predicted / blocks.numel()
+    d, s = (float(value) for value in (loss / predicted).exp())
+    db, sb = (float(value) for value in (loss / predicted_bytes).exp())
+    return TextLoss((d, s), (db, sb), torch.cat(kls), agreed / predicted)
+
+
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    return model(input_ids=batch.to(device), use_cache=False).logits
+
+
+def measure(
+    *,
+    dense: PreTrainedModel,
+    sparse: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Path,
+    layers: Mapping[int, Path],
+    stores: Mapping[int, LayerReader],
+    cfg: EvaluateConfig,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Everything that the report tells: `metrics`, `layers`, `history`, `samples`, `tokens`.
+
+    Args:
+        tokens: the folder that `corpus.write_blocks` filled.
+        layers: the trained layers' folders; each is judged on its own of `stores`.
+    """
+    counts = workdir.read_json(tokens / corpus.RECORD)["splits"]
+    read = {k: load_layer(folder) for k, folder in layers.items()}
+    judged = {k: layer_metrics(moe.to(dense.device), stores[k]) for k, (moe, _) in read.items()}
+    texts = {
+        name: compare_on_text(
+            dense,
+            sparse,
+            corpus.read_blocks(tokens, name),
+            counts[name]["bytes"],
+            batch_size=cfg.batch_size,
+            progress=progress,
+        )
+        for name in TEXTS
+    }
+    metrics = figures(
+        judged,
+        {k: moe.shape for k, (moe, _) in read.items()},
+        texts,
+        dense.num_parameters(),
+        sparse.num_parameters(),
+    )
+    return {
+        "metrics": metrics,
+        "layers": {k: config for k, (_, config) in read.items()},
+        "history": {k: read_history(folder) for k, folder in layers.items()},
+        "samples": {
+            name: continuation(model, tokenizer, cfg.prompt, cfg.new_tokens)
+            for name, model in (("dense", dense), ("sparse", sparse))
+        },
+        "tokens": counts,
+    }
+
+
+@torch.inference_mode()
+def continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int
+) -> str:
+    """The prompt and what the model says next, always its first choice."""
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    greedy = {"max_new_tokens": new_tokens, "do_sample": False}
+    out = model.generate(**encoded, **greedy)  # type: ignore[operator]
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+# The figures
+
+
+def figures(
+    layers: Mapping[int, Mapping[str, Any]],
+    shapes: Mapping[int, MoEShape],
+    texts: Mapping[str, TextLoss],
+    dense_parameters: int,
+    sparse_parameters: int,
+) -> dict[str, Any]:
+    """`metrics.json`: one name for each figure, as docs/design.md defines them."""
+    heldout = texts["heldout"]
+    dense, sparse = (
+        {
+            kind: {name: getattr(text, kind)[side] for name, text in texts.items()}
+            for kind in ("perplexity", "byte_perplexity")
+        }
+        for side in (0, 1)
+    )
+    asleep = sum((s.n_experts - s.top_k) * s.expert_parameters for s in shapes.values())
+    cosines = [m["cosine_sim"] for m in layers.values()]
+    errors = [m["relative_mse"] for m in layers.values()]
+    return {
+        "dense": {**dense, "parameters": dense_parameters},
+        "sparse": {
+            **sparse,
+            "parameters": {"total": sparse_parameters, "active": sparse_parameters - asleep},
+        },
+        "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in texts.items()},
+        "kl": {"mean": float(heldout.kl.mean()), "p99": float(heldout.kl.quantile(0.99))},
+        "top1_agreement": heldout.top1_agreement,
+        "active_ffn_fraction": _weighted(shapes.values(), "active_ffn_fraction"),
+        "active_flops_fraction": _weighted(shapes.values(), "active_flops_fraction"),
+        "cosine_sim": {"mean": sum(cosines) / len(cosines), "worst": min(cosines)},
+        "relative_mse": {"mean": sum(errors) / len(errors), "worst": max(errors)},
+        "layers": {str(k): dict(m) for k, m in layers.items()},
+    }
+
+
+def _weighted(shapes: Iterable[MoEShape], name: str) -> float:
+    """The mean over layers of a share of the dense FFN's width."""
+    pairs = [(getattr(shape, name), shape.d_ff) for shape in shapes]
+    return sum(share * d_ff for share, d_ff in pairs) / sum(d_ff for _, d_ff in pairs)

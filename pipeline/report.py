@@ -1,0 +1,202 @@
+"""The report of one conversion: a page that needs nothing beside it, its tables, a model card.
+
+Pictures are inline SVG whose text takes the page's colour, so that they follow light and dark.
+Equal figures give equal bytes: no clock, no random identifiers.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline import workdir
+from pipeline.shape import MoEShape
+
+INK = "#123456"  # stands for the page's own text colour until the SVG is inlined
+DENSE, SPARSE = "#8a8f98", "#2f7ed8"
+LINES = ("#2f7ed8", "#e4572e", "#3aa655", "#a05195", "#d4a017", "#17a2b8", "#8c564b", "#e377c2")
+
+mpl.use("agg")
+mpl.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "savefig.transparent": True,
+    }
+)
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `metrics.json`, `report.html`, `README.md` (the model card), `summary.txt`, tables.
+
+    Args:
+        content: `name`, `manifests` (by artefact), and all that `evaluation.measure` returns.
+    """
+    rows = layer_rows(content["metrics"]["layers"])
+    shown = {**content, **_derived(content), "layer_rows": rows}
+    workdir.write_json(folder / "metrics.json", content["metrics"])
+    workdir.write_json(folder / "layers.json", rows)
+    page = _environment(autoescape=True).get_template("report.html.j2")
+    html = page.render(shown, pictures=pictures(content))
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    for template, name in (("card.md.j2", "README.md"), ("summary.txt.j2", "summary.txt")):
+        text = _environment(autoescape=False).get_template(template).render(shown)
+        (folder / name).write_text(text, encoding="utf-8")
+    history = [{"layer": k} | row for k, of in content["history"].items() for row in of]
+    for name, table in (("layers.csv", rows), ("history.csv", history)):
+        (folder / name).write_text(_csv(table), encoding="utf-8")
+
+
+def _environment(autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pipeline"),
+        undefined=StrictUndefined,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "percent": lambda share: f"{100 * share:.1f} %"}
+    return environment
+
+
+def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pages show of the layers' records and of the artefacts' manifests."""
+    layers, manifests = content["layers"], content["manifests"]
+    settings: dict[str, Any] = {}
+    for manifest in manifests.values():
+        settings |= manifest["settings"]
+    return {
+        "host": next(iter(layers.values()))["host"],
+        "shapes": {k: MoEShape(**layer["shape"]) for k, layer in layers.items()},
+        "settings": dict(sorted(settings.items())),
+        "versions": manifests["convert"]["versions"],
+        "revision": manifests["dense"]["settings"]["model.revision"],
+    }
+
+
+def layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One flat row per layer, in order."""
+    names = ("mse", "relative_mse", "cosine_sim", "cosine_sim_p5")
+    routing = ("load_max_over_mean", "load_entropy", "dead_experts")
+    return [
+        {"layer": int(k)}
+        | {name: layers[k][name] for name in names}
+        | {name: layers[k]["routing"][name] for name in routing}
+        for k in sorted(layers, key=int)
+    ]
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    names = {name: None for row in rows for name in row}
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _number(value: float) -> str:
+    """For people: 1,234,567; 12.3; 0.0123."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
+
+
+# Pictures
+
+
+def pictures(content: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> SVG."""
+    metrics, history = content["metrics"], content["history"]
+    layers = {int(k): m for k, m in metrics["layers"].items()}
+    return {
+        "perplexity": _drawn(lambda ax: _perplexity(ax, metrics), width=3.4),
+        "cosine": _drawn(lambda ax: _per_layer(ax, layers, "cosine_sim", "cosine_sim_p5")),
+        "error": _drawn(lambda ax: _per_layer(ax, layers, "relative_mse")),
+        "training": _drawn(lambda ax: _training(ax, history), width=6.6),
+        "load": _drawn(lambda ax: _load(ax, layers), width=6.6, height=1.2 + 0.28 * len(layers)),
+    }
+
+
+def _drawn(draw: Any, width: float = 4.6, height: float = 2.6) -> str:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    draw(figure.subplots())
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def _perplexity(ax: Axes, metrics: Mapping[str, Any]) -> None:
+    texts = list(metrics["perplexity_ratio"])
+    for offset, name, colour in ((-0.2, "dense", DENSE), (0.2, "sparse", SPARSE)):
+        values = [metrics[name]["perplexity"][text] for text in texts]
+        bars = ax.bar([i + offset for i in range(len(texts))], values, 0.38, color=colour)
+        ax.bar_label(bars, fmt="%.1f", padding=2)
+        bars.set_label(name)
+    ax.set_xticks(range(len(texts)), texts)
+    ax.set_ylabel("perplexity")
+    ax.margins(y=0.15)
+    ax.legend()
+
+
+def _per_layer(ax: Axes, layers: Mapping[int, Mapping[str, Any]], *names: str) -> None:
+    for name, colour in zip(names, (SPARSE, DENSE), strict=False):
+        values = [m[name] for m in layers.values()]
+        ax.plot(list(layers), values, "o-", color=colour, label=name, markersize=4)
+    ax.set_xticks(_ticks(list(layers)))
+    ax.set_xlabel("layer")
+    ax.set_ylabel(names[0])
+    if len(names) > 1:
+        ax.legend()
+
+
+def _training(ax: Axes, history: Mapping[int, Sequence[Mapping[str, float]]]) -> None:
+    for i, (layer, rows) in enumerate(sorted(history.items())):
+        steps = [row["step"] for row in rows]
+        errors = [row["validation_relative_mse"] for row in rows]
+        label = f"layer {layer}" if len(history) <= len(LINES) else None
+        ax.plot(steps, errors, color=LINES[i % len(LINES)], linewidth=1.2, label=label)
+    ax.set_xlabel("step")
+    ax.set_ylabel("relative_mse on validation")
+    if len(history) <= len(LINES):
+        ax.legend(ncols=2)
+
+
+def _load(ax: Axes, layers: Mapping[int, Mapping[str, Any]]) -> None:
+    loads = [m["routing"]["load"] for m in layers.values()]
+    widest = max(map(len, loads))
+    shares = [
+        [s * len(load) for s in load] + [float("nan")] * (widest - len(load)) for load in loads
+    ]
+    image = ax.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
+    ax.set_yticks(
+        _ticks(range(len(layers))), [str(list(layers)[i]) for i in _ticks(range(len(layers)))]
+    )
+    ax.set_xlabel("expert")
+    ax.set_ylabel("layer")
+    ax.figure.colorbar(image, ax=ax, label="load / even load")
+
+
+def _ticks(values: Iterable[int]) -> list[int]:
+    """At most a dozen of them."""
+    values = list(values)
+    return values[:: -(-len(values) // 12)]

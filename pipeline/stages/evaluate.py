@@ -1,0 +1,96 @@
+"""Measure what the conversion gained and lost, and say so in figures, pictures and words.
+
+Reads:  the dense model, stages/tokens, stages/capture, stages/budget, the layers, stages/convert
+Writes: stages/evaluate: report.html, README.md (the model card), summary.txt, metrics.json,
+        layers.csv, layers.json, history.csv; the small ones also in reports/, which git keeps
+Cost:   one pass of both models over the heldout and shifted text, and two short generations
+Run:    python -m pipeline.stages.evaluate [key=value ...]
+"""
+
+import shutil
+from pathlib import Path
+
+from pipeline import command, record, runtime, workdir
+from pipeline.config import Config, select
+from pipeline.stages import (
+    BUDGET,
+    CAPTURE,
+    CONVERT,
+    DENSE,
+    EVALUATE,
+    REPORTS,
+    TOKENS,
+    final_layers,
+)
+
+PARAMS = (
+    "evaluate",
+    "model.name",
+    "model.id",
+    "model.dtype",
+    "model.device_map",
+    "model.trust_remote_code",
+    "model.layers",
+)
+KEPT_IN_GIT = ("metrics.json", "layers.csv", "layers.json", "history.csv", "summary.txt")
+TEMPLATES = Path(runtime.__file__).parent / "templates"
+
+
+def run(cfg: Config) -> None:
+    from pipeline.store import LayerReader
+
+    layers = final_layers(cfg.model.layers)
+    stores = {k: LayerReader(CAPTURE / f"layer_{k}.zarr") for k in layers}
+    parts = {"dense": DENSE, "tokens": TOKENS, "budget": BUDGET, "convert": CONVERT}
+    parts |= {f"layer_{k}": path for k, path in layers.items()}
+
+    def compute(folder: Path) -> None:
+        from pipeline import dense, evaluation, report
+
+        device = runtime.pick_device(cfg.runtime)
+        models = {}
+        for side, path, commit in (
+            ("dense", *record.source(cfg.model, DENSE)),
+            ("sparse", str(CONVERT), None),
+        ):
+            models[side] = dense.load_model(
+                path,
+                revision=commit,
+                dtype=cfg.model.dtype.name,
+                device=device,
+                device_map=cfg.model.device_map,
+                trust_remote_code=cfg.model.trust_remote_code,
+            )
+        with runtime.progress("evaluate") as progress:
+            measured = evaluation.measure(
+                **models,
+                tokenizer=dense.load_tokenizer(str(CONVERT)),
+                tokens=TOKENS,
+                layers=layers,
+                stores=stores,
+                cfg=cfg.evaluate,
+                progress=progress,
+            )
+        manifests = {
+            name: workdir.read_json(path / workdir.MANIFEST)
+            for name, path in (parts | {"capture": CAPTURE}).items()
+        }
+        report.write(folder, {"name": cfg.model.name, "manifests": manifests, **measured})
+
+    workdir.produce(
+        EVALUATE,
+        module="pipeline.stages.evaluate",
+        settings=select(cfg, PARAMS),
+        inputs={name: workdir.digest(path) for name, path in parts.items()}
+        | {f"store_{k}": store.digest() for k, store in stores.items()}
+        | {path.name: workdir.file_digest(path) for path in sorted(TEMPLATES.iterdir())},
+        compute=compute,
+        lock_wait_s=cfg.runtime.lock_wait_s,
+    )
+    REPORTS.mkdir(exist_ok=True)
+    for name in KEPT_IN_GIT:
+        shutil.copyfile(EVALUATE / name, REPORTS / name)
+
+
+if __name__ == "__main__":
+    command.stage(run, __doc__)

@@ -1,0 +1,117 @@
+"""How a sparse layer begins: its experts, its router and one fitted scale, before any training.
+
+The experts are groups of the dense FFN's neurons, replicated (`experts.py`). A router that starts
+by `ridge` predicts from the input what each group would contribute, and sends each token to one
+replica of every group: the replicas' rows also hold a random projection of the input that is the
+same for all groups of a replica, so that two replicas of one group are rarely chosen together,
+which would add nothing while they are alike.
+
+Shapes: T tokens, D d_model, E experts, G groups, R replicas (E = R G).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import MoEConfig, RouterInit
+from pipeline.experts import group_contributions, slice_partition, start_experts
+from pipeline.ffn import DenseFFN
+from pipeline.moe import SparseMoE, fit_scale
+from pipeline.shape import MoEShape
+from pipeline.store import LayerReader
+
+ROUTER_STD = 0.02  # of random rows, as transformers initialises a router
+RIDGE_ROWS = 16384  # training tokens that a ridge start looks at
+RIDGE = 1e-3  # of the mean diagonal of the inputs' Gram matrix
+LOGIT_STD = 0.1  # of a ridge start's logits: the weights start nearly even
+REPLICA_STD = 4.0  # of the replicas' common part, in standard deviations of the groups' part
+
+
+def start_layer(
+    ffn: DenseFFN, plan: Mapping[str, Any], cfg: MoEConfig, reader: LayerReader, *, seed: int
+) -> SparseMoE:
+    """An untrained layer on the CPU, the same for the same arguments.
+
+    Args:
+        plan: the layer's file of the `budget` stage: `layer`, `shape`, `init`.
+        reader: the layer's own store; `train` for the router, `validation` for the scale.
+
+    Raises:
+        ConfigError: the sizes do not allow this start.
+    """
+    shape = MoEShape(**plan["shape"])
+    generator = torch.Generator().manual_seed(seed + 1000003 * plan["layer"])
+    experts = start_experts(
+        ffn, shape, plan["init"], init_noise=cfg.init_noise, generator=generator
+    )
+    moe = SparseMoE(shape)
+    router = start_router(ffn, shape, plan["init"], cfg, reader, generator)
+    moe.load_state_dict({**experts, "router.weight": router})
+    if not is_exact(shape, plan["init"], cfg):
+        ffn_input, ffn_output = reader.read("validation")
+        fit_scale(moe, ffn_input.float(), ffn_output.float())
+    return moe
+
+
+def is_exact(shape: MoEShape, init: str, cfg: MoEConfig) -> bool:
+    """Whether the start gives the dense FFN's output, up to `moe.init_noise` (see `experts.py`)."""
+    if init == "random":
+        return False
+    if shape.groups == 1 or cfg.virtual_groups:
+        return True
+    alike = cfg.router_init is RouterInit.zero
+    return alike and shape.replicas == 1 and shape.top_k == shape.n_experts
+
+
+@torch.no_grad()
+def start_router(
+    ffn: DenseFFN,
+    shape: MoEShape,
+    init: str,
+    cfg: MoEConfig,
+    reader: LayerReader,
+    generator: torch.Generator,
+) -> Tensor:
+    """(E, D) float32 router rows."""
+    E, D = shape.n_experts, shape.d_model
+    if cfg.router_init is RouterInit.zero:
+        return torch.zeros(E, D)
+    if cfg.router_init is RouterInit.random or init == "random":
+        rows = shape.replicas if cfg.virtual_groups else E
+        weight = ROUTER_STD * torch.randn(rows, D, generator=generator)
+        return weight.repeat_interleave(E // rows, dim=0)
+    x_TD = reader.read("train", 0, RIDGE_ROWS)[0].float()
+    target_TE = _targets(ffn.to("cpu", torch.float32), shape, cfg, x_TD, generator)
+    return _ridge(x_TD, target_TE)
+
+
+def _targets(
+    ffn: DenseFFN, shape: MoEShape, cfg: MoEConfig, x_TD: Tensor, generator: torch.Generator
+) -> Tensor:
+    """(T, E) logits that a router should give."""
+    partition = slice_partition(shape.d_ff, shape.groups)
+    group_TG = torch.cat([group_contributions(ffn, x, partition) for x in x_TD.split(1024)])
+    group_TG = group_TG - group_TG.mean(dim=1, keepdim=True)
+    if cfg.virtual_groups or shape.groups == 1:
+        group_TG = torch.zeros_like(group_TG)
+    group_TG = group_TG / group_TG.std().clamp_min(1e-12)
+    centred_TD = x_TD - x_TD.mean(dim=0)
+    directions_DR = torch.randn(shape.d_model, shape.replicas, generator=generator)
+    if shape.replicas > 1:  # as far from each other as they can be
+        directions_DR = directions_DR - directions_DR.mean(dim=1, keepdim=True)
+    else:
+        directions_DR = torch.zeros_like(directions_DR)
+    replica_TR = centred_TD @ directions_DR
+    replica_TR = REPLICA_STD * replica_TR / replica_TR.std().clamp_min(1e-12)
+    target_TE = (replica_TR[:, :, None] + group_TG[:, None, :]).flatten(1)
+    return LOGIT_STD * target_TE
+
+
+def _ridge(x_TD: Tensor, target_TE: Tensor) -> Tensor:
+    """(E, D): the least squares map from x to the targets, held towards zero."""
+    x_TD, target_TE = x_TD.double(), target_TE.double()
+    gram_DD = x_TD.T @ x_TD
+    gram_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
+    return torch.linalg.solve(gram_DD, x_TD.T @ target_TE).T.float().contiguous()
