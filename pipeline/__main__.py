@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version("sparse-distillation"))
-    tools = parser.add_subparsers(required=True, metavar="tool")
+    tools = parser.add_subparsers(required=True, dest="tool", metavar="tool")
 
     tool = tools.add_parser("compose", help="write params.yaml from conf/, or print it")
     tool.add_argument("--print", action="store_true", help="to stdout; params.yaml stays")
@@ -41,7 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     tool.add_argument("folder", nargs="?", type=Path, default=Path("stages"))
     tool.set_defaults(act=lambda a: _verify(a.folder))
 
-    args = parser.parse_args(argv)
+    tool = tools.add_parser("prefill", help="fit layers at once, by one of Hydra's launchers")
+    tool.add_argument("overrides", nargs="*", metavar="-m layer=K,L key=value")
+    tool.set_defaults(act=lambda a: _prefill([*a.flags, *a.overrides]))
+
+    args, args.flags = parser.parse_known_args(argv)
+    if args.flags and args.tool != "prefill":  # which passes Hydra's flags on
+        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
     command.exit_with(lambda: args.act(args))
 
 
@@ -101,6 +107,12 @@ def _conf_entry(model: str, described: dict[str, Any]) -> str:
         "embedded": None,
     }
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in entry.items())
+
+
+def _prefill(arguments: list[str]) -> None:
+    from pipeline import prefill
+
+    prefill.main(arguments)
 
 
 def _verify(folder: Path) -> None:

@@ -5,7 +5,7 @@ shard and writing one again changes nothing. One shard of every layer is held in
 `2 x layers x shard_mb`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.activations import record_ffn
 from pipeline.config import CaptureConfig, Dtype
+from pipeline.corpus import check_token_ids
 from pipeline.dense import find_ffns
 from pipeline.record import check_layers
 from pipeline.runtime import Progress, silent
@@ -37,10 +38,15 @@ def capture_activations(
         blocks: packed tokens per split, each (blocks, sequence_length).
         dtype: of the stored activations.
         attributes: what the stores were made from; kept in each and compared on resume.
+
+    Raises:
+        InputError: the model lacks a layer or a token's embedding, or an activation is not finite.
     """
     sequence_length = next(iter(blocks.values())).shape[1]
     slots = {slot.index: slot for slot in find_ffns(model)}
     check_layers(list(layers), len(slots))
+    for tokens in blocks.values():
+        check_token_ids(tokens, model.get_input_embeddings().num_embeddings)  # type: ignore
     writers = {}
     for layer in layers:
         weights = slots[layer].weights()
@@ -56,49 +62,52 @@ def capture_activations(
             chunk_mb=cfg.chunk_mb,
             attributes=dict(attributes),
         )
-    total, done = sum(b.numel() for b in blocks.values()), 0
-    for split, tokens in blocks.items():
-        committed = {layer: w.committed(split) for layer, w in writers.items()}
-        for k in range(max(w.n_shards[split] for w in writers.values())):
-            missing = {layer: w for layer, w in writers.items() if k not in committed[layer]}
-            hooked = {layer: slots[layer].module for layer in missing}
-            with record_ffn(hooked) as recorded:
-                done += _capture_shard(
-                    model, tokens, split, k, missing, recorded, cfg.batch_size, dtype
-                )
-            progress(done, total, f"tokens ({split})")
+    unwritten = list(_unwritten(writers, blocks))
+    total = sum(b.numel() for b in blocks.values())
+    done = total - sum(sequences.numel() for _, _, sequences, _ in unwritten)
+    progress(done, total, "tokens")
+    for split, k, sequences, missing in unwritten:
+        with record_ffn({layer: slots[layer].module for layer in missing}) as recorded:
+            kept = _run(model, sequences.split(cfg.batch_size), recorded, dtype)
+        for layer, pairs in kept.items():
+            ffn_input, ffn_output = (torch.cat(side) for side in zip(*pairs, strict=True))
+            missing[layer].write_shard(split, k, ffn_input, ffn_output)
+        done += sequences.numel()
+        progress(done, total, f"tokens ({split})")
     for layer in layers:
         LayerReader(folder / f"layer_{layer}.zarr")
 
 
-def _capture_shard(
-    model: nn.Module,
-    tokens: Tensor,
-    split: str,
-    k: int,
-    writers: Mapping[int, LayerWriter],
-    recorded: Mapping[int, tuple[Tensor, Tensor]],
-    batch_size: int,
-    dtype: torch.dtype,
-) -> int:
-    """Run the sequences of shard k for the layers that lack it; returns how many tokens."""
-    if not writers:
-        return 0
+def _unwritten(
+    writers: Mapping[int, LayerWriter], blocks: Mapping[str, Tensor]
+) -> Iterator[tuple[str, int, Tensor, dict[int, LayerWriter]]]:
+    """Split, number and sequences of each shard that a layer lacks, with those layers' writers."""
     shard_rows = {w.shard_rows for w in writers.values()}
     assert len(shard_rows) == 1, "layers of one model share d_model"
-    per_shard = shard_rows.pop() // tokens.shape[1]
-    sequences = tokens[k * per_shard : (k + 1) * per_shard]
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in writers}
+    (rows,) = shard_rows
+    for split, tokens in blocks.items():
+        committed = {layer: w.committed(split) for layer, w in writers.items()}
+        for k, sequences in enumerate(tokens.split(rows // tokens.shape[1])):
+            missing = {layer: w for layer, w in writers.items() if k not in committed[layer]}
+            if missing:
+                yield split, k, sequences, missing
+
+
+@torch.inference_mode()
+def _run(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    recorded: Mapping[int, tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """Each recorded layer's (input, output) of every batch, on the CPU."""
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
     device = next(model.parameters()).device
-    with torch.inference_mode():
-        for batch in sequences.split(batch_size):
-            model(input_ids=batch.to(device), use_cache=False)
-            for layer, (x, y) in recorded.items():
-                kept[layer].append((x.to("cpu", dtype), y.to("cpu", dtype)))
-    for layer, pairs in kept.items():
-        ffn_input, ffn_output = (torch.cat(side) for side in zip(*pairs, strict=True))
-        writers[layer].write_shard(split, k, ffn_input, ffn_output)
-    return sequences.numel()
+    for batch in batches:
+        model(input_ids=batch.to(device), use_cache=False)
+        for layer, (x, y) in recorded.items():
+            kept.setdefault(layer, []).append((x.to("cpu", dtype), y.to("cpu", dtype)))
+    return kept
 
 
 def stored_dtype(dtype: Dtype, model_dtype: torch.dtype) -> torch.dtype:

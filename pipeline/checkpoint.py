@@ -44,8 +44,16 @@ def convert_to_sparse(
         ArtifactError: a layer is damaged.
     """
     folders = layer_folders(Path(layers_folder))
-    chosen = folders if layers is None else {k: Path(layers_folder) / f"layer_{k}" for k in layers}
-    _replace_ffns(dense_model, {k: load_layer(folder)[0] for k, folder in chosen.items()})
+    chosen = list(folders) if layers is None else list(layers)
+    absent = sorted(set(chosen) - set(folders))
+    if absent:
+        raise InputError(
+            "Some of the layers have not been trained.",
+            value=f"layers {absent}; {Path(layers_folder).absolute()} holds {list(folders)}",
+            rule="every layer that is named has its folder layer_K",
+            remedy="name fewer layers, or train these",
+        )
+    _replace_ffns(dense_model, {k: load_layer(folders[k])[0] for k in chosen})
     return dense_model
 
 
@@ -121,11 +129,19 @@ def _host(names: Mapping[int, str]) -> hosts.Host:
             rule="one moe.host for all layers, since it fixes the router function",
             remedy="train the layers with one moe.host",
         )
-    return hosts.HOSTS[next(iter(names.values()))]
+    name = next(iter(names.values()))
+    if name not in hosts.HOSTS:
+        raise InputError(
+            "The layers were trained for a host that is not known here.",
+            value=name,
+            rule=f"one of {', '.join(hosts.HOSTS)}",
+            remedy="convert them with the version that trained them, or train them again",
+        )
+    return hosts.HOSTS[name]
 
 
 def _replace_ffns(model: nn.Module, layers: Mapping[int, SparseMoE]) -> dict[int, str]:
-    """Put the layers in; returns where each lies in the model."""
+    """Put the layers in, all or none; returns where each lies in the model."""
     slots = dense.find_ffns(model)
     check_layers(list(layers), len(slots))
     for k, moe in layers.items():
@@ -138,8 +154,9 @@ def _replace_ffns(model: nn.Module, layers: Mapping[int, SparseMoE]) -> dict[int
                 rule="a layer replaces an FFN of the sizes that it was trained on",
                 remedy="give the dense model that was captured",
             )
-        like = slot.weights().up_proj
-        slot.replace(moe.to(like.device, like.dtype).eval())
+    for k, moe in layers.items():
+        like = slots[k].weights().up_proj
+        slots[k].replace(moe.to(like.device, like.dtype).eval())
     return {k: slots[k].path for k in layers}
 
 

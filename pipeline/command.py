@@ -20,7 +20,7 @@ RESOURCE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 
 def stage(
-    run: Callable[..., None],
+    run: Callable[..., object],
     doc: str | None,
     alone: Callable[[ConvertConfig, RuntimeConfig], None] | None = None,
 ) -> NoReturn:
@@ -58,7 +58,7 @@ def _alone(run: Callable[[ConvertConfig, RuntimeConfig], None], overrides: list[
     run(cfg, how)
 
 
-def _configured(run: Callable[..., None], overrides: list[str], extra: dict[str, Any]) -> None:
+def _configured(run: Callable[..., object], overrides: list[str], extra: dict[str, Any]) -> None:
     cfg: Config = compose.load(overrides)
     runtime.configure(cfg.runtime)
     run(cfg, **extra)

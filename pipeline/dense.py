@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -58,13 +59,24 @@ def load_model(
     """
     _check_source(source, revision, trust_remote_code)
     with _explained(source):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, as what is missing is
+        )
+    model, info = loaded  # type: ignore[misc]
+    wrong = {kind: info[kind] for kind in ("missing_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise InputError(
+            "The dense model lacks weights.",
+            value=f"{source}: " + "; ".join(f"{k} {sorted(map(str, v))}" for k, v in wrong.items()),
+            rule="every tensor that the configuration asks for is there, in its shape",
+            remedy="fetch the model again: what is missing would be filled with random numbers",
         )
     return model.eval() if device_map else model.eval().to(device)  # pyright: ignore
 
@@ -174,7 +186,7 @@ def _explained(source: str) -> Iterator[None]:
     """transformers' many ways to fail on a missing or gated model, as one `InputError`."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise InputError(
             "The dense model cannot be loaded.",

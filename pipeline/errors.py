@@ -4,6 +4,9 @@ Every message names what failed, the offending value, the rule and the remedy. A
 not one of these is a defect of ours and keeps its traceback.
 """
 
+from functools import partial
+from typing import Any
+
 
 class PipelineError(Exception):
     """A refusal that the user can act on.
@@ -22,6 +25,11 @@ class PipelineError(Exception):
         rows = [("value", value), ("rule", rule), ("remedy", remedy)]
         shown = [f"  {name + ':':<8}{text}" for name, text in rows if text is not None]
         super().__init__("\n".join([what, *shown]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Launchers carry a refusal from the process that met it to the one that reports it."""
+        again = partial(type(self), self.what, rule=self.rule, remedy=self.remedy)
+        return partial(again, value=self.value), ()
 
 
 class ConfigError(PipelineError):

@@ -6,7 +6,7 @@ side by side on the `heldout` and `shifted` blocks.
 Shapes: T tokens, D d_model, V vocab_size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import corpus, workdir
 from pipeline.config import EvaluateConfig
+from pipeline.errors import ArtifactError, InputError
 from pipeline.layers import load_layer, read_history
 from pipeline.moe import SparseMoE
 from pipeline.router import routing_statistics
@@ -45,10 +46,22 @@ def evaluate(
         layers_folder: holds `layer_K/` as `train` writes them.
         capture_folder: holds `layer_K.zarr` as `capture` writes them.
         layers: null = all that lie in `layers_folder`.
+
+    Raises:
+        InputError: there are no layers.
+        ArtifactError: a layer or a store is damaged, or they do not belong together.
     """
     folder, captured = Path(layers_folder), Path(capture_folder)
     if layers is None:
-        layers = sorted(int(p.name.removeprefix("layer_")) for p in folder.glob("layer_*"))
+        names = (p.name.removeprefix("layer_") for p in folder.glob("layer_*"))
+        layers = sorted(int(name) for name in names if name.isdigit())
+    if not layers:
+        raise InputError(
+            "There are no trained layers to evaluate.",
+            value=folder.absolute(),
+            rule="a folder that holds layer_0, layer_1, ...",
+            remedy="name the folder that `train` wrote, stages/train",
+        )
     return {
         k: layer_metrics(
             load_layer(folder / f"layer_{k}")[0].to(device),
@@ -64,8 +77,16 @@ def layer_metrics(moe: SparseMoE, reader: LayerReader) -> dict[str, Any]:
 
     `mse` per element; `cosine_sim` the mean over tokens and `cosine_sim_p5` their 5th percentile;
     `relative_mse` = sum |y_hat - y|^2 / sum |y|^2. The first token of each sequence, whose norm can
-    be enormous, counts in all of these and once more alone (`first_token`).
+    be enormous, counts in all of these and once more alone (`first_token`). A token whose target is
+    zero has no cosine; where all are, the ratios are null and `null_because` says so.
     """
+    if moe.shape.d_model != reader.d_model:
+        raise ArtifactError(
+            "A layer is judged on the activations of another model.",
+            value=f"d_model {moe.shape.d_model}; {reader.path.absolute()} has {reader.d_model}",
+            rule="a layer is judged on the store of its own dense FFN",
+            remedy="name the capture that the layer was trained on",
+        )
     device = moe.down_proj.device
     errors, powers, cosines, ids = [], [], [], []
     x_TD, y_TD = reader.read("heldout")
@@ -77,17 +98,26 @@ def layer_metrics(moe: SparseMoE, reader: LayerReader) -> dict[str, Any]:
         cosines.append(F.cosine_similarity(y_hat, y, dim=1).double().cpu())
         ids.append(routing.expert_ids.cpu())
     error_T, power_T, cosine_T = torch.cat(errors), torch.cat(powers), torch.cat(cosines)
-    first = slice(0, None, reader.sequence_length)
+    real_T = power_T > 0
+    first_T = torch.zeros_like(real_T)
+    first_T[:: reader.sequence_length] = True
     return {
         "mse": float(error_T.mean()) / reader.d_model,
-        "relative_mse": float(error_T.sum() / power_T.sum()),
-        "cosine_sim": float(cosine_T.mean()),
-        "cosine_sim_p5": float(cosine_T.quantile(0.05)),
-        "first_token": {
-            "relative_mse": float(error_T[first].sum() / power_T[first].sum()),
-            "cosine_sim": float(cosine_T[first].mean()),
-        },
+        **_ratios(error_T, power_T, cosine_T),
+        "cosine_sim_p5": float(cosine_T[real_T].quantile(0.05)) if real_T.any() else None,
+        "first_token": _ratios(error_T[first_T], power_T[first_T], cosine_T[first_T]),
         "routing": routing_statistics(torch.cat(ids), moe.shape.n_experts),
+    }
+
+
+def _ratios(error_T: Tensor, power_T: Tensor, cosine_T: Tensor) -> dict[str, Any]:
+    real_T = power_T > 0
+    if not real_T.any():
+        reason = "the target is zero on every heldout row of it"
+        return {"relative_mse": None, "cosine_sim": None, "null_because": reason}
+    return {
+        "relative_mse": float(error_T.sum() / power_T.sum()),
+        "cosine_sim": float(cosine_T[real_T].mean()),
     }
 
 
@@ -198,10 +228,17 @@ def measure(
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int
 ) -> str:
-    """The prompt and what the model says next, always its first choice."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    """The prompt and what the model says next, always its first choice.
+
+    An empty prompt is the beginning of a document: the token that ends the one before it.
+    """
+    if not new_tokens:
+        return prompt
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    input_ids = torch.tensor([ids], device=model.device)
     greedy = {"max_new_tokens": new_tokens, "do_sample": False}
-    out = model.generate(**encoded, **greedy)  # type: ignore[operator]
+    seen = torch.ones_like(input_ids)
+    out = model.generate(input_ids=input_ids, attention_mask=seen, **greedy)  # type: ignore[operator]
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
@@ -225,8 +262,6 @@ def figures(
         for side in (0, 1)
     )
     asleep = sum((s.n_experts - s.top_k) * s.expert_parameters for s in shapes.values())
-    cosines = [m["cosine_sim"] for m in layers.values()]
-    errors = [m["relative_mse"] for m in layers.values()]
     return {
         "dense": {**dense, "parameters": dense_parameters},
         "sparse": {
@@ -238,10 +273,20 @@ def figures(
         "top1_agreement": heldout.top1_agreement,
         "active_ffn_fraction": _weighted(shapes.values(), "active_ffn_fraction"),
         "active_flops_fraction": _weighted(shapes.values(), "active_flops_fraction"),
-        "cosine_sim": {"mean": sum(cosines) / len(cosines), "worst": min(cosines)},
-        "relative_mse": {"mean": sum(errors) / len(errors), "worst": max(errors)},
+        "cosine_sim": _mean_and_worst(layers, "cosine_sim", min),
+        "relative_mse": _mean_and_worst(layers, "relative_mse", max),
         "layers": {str(k): dict(m) for k, m in layers.items()},
     }
+
+
+def _mean_and_worst(
+    layers: Mapping[int, Mapping[str, Any]], name: str, worst: Callable[[list[float]], float]
+) -> dict[str, float | None]:
+    """Over the layers that have the figure; null when none has."""
+    known = [m[name] for m in layers.values() if m[name] is not None]
+    if not known:
+        return {"mean": None, "worst": None}
+    return {"mean": sum(known) / len(known), "worst": worst(known)}
 
 
 def _weighted(shapes: Iterable[MoEShape], name: str) -> float:

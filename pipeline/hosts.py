@@ -6,7 +6,7 @@ reads the dense model's recorded configuration.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import ConfigError
@@ -46,8 +46,8 @@ def _mixtral_refusal(record: Mapping[str, Any], shapes: Shapes) -> str | None:
     left = sorted(set(range(record["n_layers"])) - set(shapes))
     if left:
         return f"every layer of it is sparse, and layers {left} would stay dense"
-    if len(set(shapes.values())) > 1:
-        return "all its layers have one shape"
+    if len({replace(s, d_ff=0) for s in shapes.values()}) > 1:  # d_ff leaves with the dense FFN
+        return "all its layers have one d_ff_expert, n_experts and top_k"
     return None
 
 

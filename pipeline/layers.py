@@ -39,9 +39,11 @@ def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
     record = workdir.read_json(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS)
+        moe = SparseMoE(MoEShape(**record["shape"]))
     except (OSError, SafetensorError) as error:
         raise _unusable(folder, str(error)) from None
-    moe = SparseMoE(MoEShape(**record["shape"]))
+    except (KeyError, TypeError):
+        raise _unusable(folder, f"{CONFIG} holds no shape of a sparse layer") from None
     wanted = {name: tuple(t.shape) for name, t in moe.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if wanted != found:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pipeline import corpus, resume, shuffle
 from pipeline.config import EmbeddedModelConfig
 from pipeline.documents import Document
+from pipeline.errors import ArtifactError
 from pipeline.runtime import Progress, silent
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ def train(
         if run.step % cfg.checkpoint_every == 0:
             _save(run, path)
         progress(run.step, cfg.max_steps, f"loss {loss:.3f}, validation {run.best_loss:.3f}")
+    if not run.best:
+        raise ArtifactError(
+            "The training of the embedded model diverged.",
+            value=f"no validation loss was finite in {run.step} steps",
+            rule="the validation loss falls from its start",
+            remedy=f"lower model.embedded.learning_rate={cfg.learning_rate}",
+        )
     progress(cfg.max_steps, cfg.max_steps, f"stopped at {run.step}, best {run.best_step}")
     model.load_state_dict(run.best)
     model.save_pretrained(folder)
@@ -125,9 +133,10 @@ def build(cfg: EmbeddedModelConfig, tokenizer: "PreTrainedTokenizerFast") -> "Ll
 def _batch(tokens: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
     """The sequences of `step`: every epoch cuts the stream elsewhere and mixes the cuts anew."""
     stream, length = tokens.flatten(), tokens.shape[1]
-    n = len(tokens) - 1
+    n = max(1, len(tokens) - 1)
+    spare = stream.numel() - n * length  # one block; none where there is only one
     epoch, i = divmod(step * batch_size, n)
-    offset = int(shuffle.permutation(length, seed, epoch, "train", "offset")[0])
+    offset = int(shuffle.permutation(max(1, spare), seed, epoch, "train", "offset")[0])
     order = shuffle.permutation(n, seed, epoch, "train", "sequences")[i : i + batch_size]
     return stream[offset : offset + n * length].view(n, length)[order].long()
 

@@ -24,7 +24,10 @@ def compute(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[
 
 def main(checkpoint: str, ids: str, new_tokens: str, output: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, output_loading_info=True
+        checkpoint,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the info too, and refused below by name
     )
     model, info = loaded  # type: ignore[misc]
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}

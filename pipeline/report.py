@@ -6,6 +6,7 @@ Equal figures give equal bytes: no clock, no random identifiers.
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pipeline import workdir
@@ -20,6 +23,8 @@ from pipeline.shape import MoEShape
 
 INK = "#123456"  # stands for the page's own text colour until the SVG is inlined
 DENSE, SPARSE = "#8a8f98", "#2f7ed8"
+# The page is HTML: it needs no namespaces, and matplotlib's group names repeat in each picture.
+NOT_NEEDED = re.compile(r' xmlns(:\w+)?="[^"]*"| id="[A-Za-z0-9.]+_\d+"')
 LINES = ("#2f7ed8", "#e4572e", "#3aa655", "#a05195", "#d4a017", "#17a2b8", "#8c564b", "#e377c2")
 
 mpl.use("agg")
@@ -83,6 +88,7 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         settings |= manifest["settings"]
     return {
         "host": next(iter(layers.values()))["host"],
+        "widest": max(len(m["routing"]["load"]) for m in content["metrics"]["layers"].values()),
         "shapes": {k: MoEShape(**layer["shape"]) for k, layer in layers.items()},
         "settings": dict(sorted(settings.items())),
         "versions": manifests["convert"]["versions"],
@@ -97,6 +103,7 @@ def layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"layer": int(k)}
         | {name: layers[k][name] for name in names}
+        | {f"first_token_{name}": layers[k]["first_token"][name] for name in names[1:3]}
         | {name: layers[k]["routing"][name] for name in routing}
         for k in sorted(layers, key=int)
     ]
@@ -111,28 +118,31 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _number(value: float) -> str:
-    """For people: 1,234,567; 12.3; 0.0123."""
+def _number(value: float | None) -> str:
+    """For people: 1,234,567; 12.345; 0.01230; a dash where the figure is null."""
+    if value is None:
+        return "\u2013"
     if isinstance(value, int):
         return f"{value:,}"
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
-    return f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
+    return f"{value:#.4g}" if abs(value) < 1 else f"{value:.3f}"
 
 
 # Pictures
 
 
 def pictures(content: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> SVG."""
+    """Name -> SVG, as it stands in the page."""
     metrics, history = content["metrics"], content["history"]
     layers = {int(k): m for k, m in metrics["layers"].items()}
+    rows = min(max(len(layers), 3), 16)  # room for the scale's name, and no taller than a screen
     return {
-        "perplexity": _drawn(lambda ax: _perplexity(ax, metrics), width=3.4),
+        "perplexity": _drawn(lambda ax: _perplexity(ax, metrics), width=3.8),
         "cosine": _drawn(lambda ax: _per_layer(ax, layers, "cosine_sim", "cosine_sim_p5")),
         "error": _drawn(lambda ax: _per_layer(ax, layers, "relative_mse")),
-        "training": _drawn(lambda ax: _training(ax, history), width=6.6),
-        "load": _drawn(lambda ax: _load(ax, layers), width=6.6, height=1.2 + 0.28 * len(layers)),
+        "training": _drawn(lambda ax: _training(ax, history), width=5.6),
+        "load": _drawn(lambda ax: _load(ax, layers), width=5.6, height=1.1 + 0.22 * rows),
     }
 
 
@@ -140,9 +150,10 @@ def _drawn(draw: Any, width: float = 4.6, height: float = 2.6) -> str:
     figure = Figure(figsize=(width, height), layout="constrained")
     draw(figure.subplots())
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    described = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", metadata=described)
     svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return NOT_NEEDED.sub("", svg[svg.index("<svg") :]).replace(INK, "currentColor")
 
 
 def _perplexity(ax: Axes, metrics: Mapping[str, Any]) -> None:
@@ -154,31 +165,38 @@ def _perplexity(ax: Axes, metrics: Mapping[str, Any]) -> None:
         bars.set_label(name)
     ax.set_xticks(range(len(texts)), texts)
     ax.set_ylabel("perplexity")
-    ax.margins(y=0.15)
-    ax.legend()
+    ax.margins(y=0.12)
+    _legend(ax)
 
 
 def _per_layer(ax: Axes, layers: Mapping[int, Mapping[str, Any]], *names: str) -> None:
     for name, colour in zip(names, (SPARSE, DENSE), strict=False):
-        values = [m[name] for m in layers.values()]
+        values = [float("nan") if m[name] is None else m[name] for m in layers.values()]
         ax.plot(list(layers), values, "o-", color=colour, label=name, markersize=4)
-    ax.set_xticks(_ticks(list(layers)))
+    ax.set_xticks(_ticks(layers))
     ax.set_xlabel("layer")
     ax.set_ylabel(names[0])
     if len(names) > 1:
-        ax.legend()
+        _legend(ax)
 
 
 def _training(ax: Axes, history: Mapping[int, Sequence[Mapping[str, float]]]) -> None:
+    """Lines with a name each; of many layers, lines in the colour of their depth."""
+    named = len(history) <= len(LINES)
+    shades = mpl.colormaps["viridis"].resampled(len(history))
     for i, (layer, rows) in enumerate(sorted(history.items())):
         steps = [row["step"] for row in rows]
         errors = [row["validation_relative_mse"] for row in rows]
-        label = f"layer {layer}" if len(history) <= len(LINES) else None
-        ax.plot(steps, errors, color=LINES[i % len(LINES)], linewidth=1.2, label=label)
+        style = "o-" if len(rows) == 1 else "-"
+        colour = LINES[i] if named else shades(i)
+        ax.plot(steps, errors, style, color=colour, linewidth=1.2, label=f"layer {layer}")
     ax.set_xlabel("step")
     ax.set_ylabel("relative_mse on validation")
-    if len(history) <= len(LINES):
-        ax.legend(ncols=2)
+    if named:
+        _legend(ax, ncols=4)
+    else:
+        scale = ScalarMappable(Normalize(min(history), max(history)), "viridis")
+        ax.figure.colorbar(scale, ax=ax, label="layer", aspect=30)
 
 
 def _load(ax: Axes, layers: Mapping[int, Mapping[str, Any]]) -> None:
@@ -188,12 +206,17 @@ def _load(ax: Axes, layers: Mapping[int, Mapping[str, Any]]) -> None:
         [s * len(load) for s in load] + [float("nan")] * (widest - len(load)) for load in loads
     ]
     image = ax.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-    ax.set_yticks(
-        _ticks(range(len(layers))), [str(list(layers)[i]) for i in _ticks(range(len(layers)))]
-    )
+    rows = _ticks(range(len(layers)))
+    ax.set_yticks(rows, [str(list(layers)[i]) for i in rows])
+    ax.set_xticks(_ticks(range(widest)))
     ax.set_xlabel("expert")
     ax.set_ylabel("layer")
-    ax.figure.colorbar(image, ax=ax, label="load / even load")
+    ax.figure.colorbar(image, ax=ax, label="load / even load", aspect=30)
+
+
+def _legend(ax: Axes, ncols: int = 2) -> None:
+    """Above the picture, where nothing is drawn."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=ncols)
 
 
 def _ticks(values: Iterable[int]) -> list[int]:

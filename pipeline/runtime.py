@@ -83,59 +83,66 @@ def has_bf16_units() -> bool:
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Progress]:
+def progress(title: str, unit: str = "steps") -> Iterator[Progress]:
     """One live line on a terminal, a plain line every few seconds elsewhere.
 
     Rate and remaining time come from this run's own work: what was done before the first call
     (adopted or resumed) counts towards neither.
     """
-    with _live(title) if sys.stderr.isatty() else _plain(title) as report:
+    with _live(title, unit) if sys.stderr.isatty() else _plain(title, unit) as show:
+        first: tuple[float, int] | None = None
+
+        def report(done: int, total: int, note: str = "") -> None:
+            nonlocal first
+            now = time.monotonic()
+            first = first or (now, done)
+            own, elapsed = done - first[1], now - first[0]
+            show(done, total, note, own / elapsed if own and elapsed else None)
+
         yield report
 
 
 @contextlib.contextmanager
-def _live(title: str) -> Iterator[Progress]:
+def _live(title: str, unit: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None, note="")
 
-        def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
+        def show(done: int, total: int, note: str, rate: float | None) -> None:
+            bar.update(
+                task, completed=done, total=total, note=_pace(done, total, unit, rate) + note
+            )
 
-        yield report
+        yield show
 
 
 @contextlib.contextmanager
-def _plain(title: str) -> Iterator[Progress]:
-    first: tuple[float, int] | None = None
+def _plain(title: str, unit: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
     shown = 0.0
 
-    def report(done: int, total: int, note: str = "") -> None:
-        nonlocal first, shown
+    def show(done: int, total: int, note: str, rate: float | None) -> None:
+        nonlocal shown
         now = time.monotonic()
-        first = first or (now, done)
         if now - shown < PLAIN_INTERVAL_S and done < total:
             return
         shown = now
-        own, elapsed = done - first[1], now - first[0]
-        left = f"{(total - done) * elapsed / own:.0f} s left" if own and done < total else ""
-        print(f"{title}: {done}/{total} {left} {note}".rstrip(), file=sys.stderr, flush=True)
+        line = f"{title}: {done}/{total} {_pace(done, total, unit, rate)}{note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
-    yield report
+    yield show
+
+
+def _pace(done: int, total: int, unit: str, rate: float | None) -> str:
+    if rate is None:
+        return f"{unit}  "
+    left = f", {(total - done) / rate:,.0f} s left" if done < total else ""
+    return f"{unit}, {rate:,.{0 if rate >= 10 else 1}f}/s{left}  "

@@ -90,6 +90,7 @@ def train_layer(
             _validate(fit, objective, terms)
             progress(fit.step, total, _note(fit))
         if fit.step % cfg.checkpoint_every == 0:
+            _check_finite(fit.step, terms)
             _save(fit, folder / resume.CHECKPOINT)
     return _finish(fit, plan, total, folder)
 
@@ -143,9 +144,11 @@ class Objective:
 
 
 def _optimizer(moe: SparseMoE, cfg: TrainConfig) -> torch.optim.AdamW:
-    router_rate = cfg.router_learning_rate
+    router_rate = cfg.router_learning_rate  # may be 0, which holds the router still
+    if router_rate is None:
+        router_rate = cfg.learning_rate
     groups = [
-        {"params": list(moe.router.parameters()), "peak": router_rate or cfg.learning_rate},
+        {"params": list(moe.router.parameters()), "peak": router_rate},
         {
             "params": [p for n, p in moe.named_parameters() if not n.startswith("router.")],
             "peak": cfg.learning_rate,
@@ -205,17 +208,21 @@ def _step(
 def _validate(fit: Fit, objective: Objective, terms: Mapping[str, Tensor] | None = None) -> None:
     row = {name: float(term) for name, term in (terms or {}).items()}
     row |= objective.validate(fit.moe)
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise ArtifactError(
-            f"Training diverged at step {fit.step}.",
-            value=", ".join(f"{name}={row[name]}" for name in bad),
-            rule="every loss is finite",
-            remedy="lower train.learning_rate, or capture in bfloat16; other layers are unharmed",
-        )
+    _check_finite(fit.step, row)
     fit.history.append({"step": fit.step, **row})
     if row["validation_loss"] < fit.best_loss:
         fit.best_loss, fit.best_step, fit.best = row["validation_loss"], fit.step, _copy(fit.moe)
+
+
+def _check_finite(step: int, row: Mapping[str, Tensor | float]) -> None:
+    bad = [f"{name}={float(x)}" for name, x in row.items() if not math.isfinite(x)]
+    if bad:
+        raise ArtifactError(
+            f"Training diverged at step {step}.",
+            value=", ".join(bad),
+            rule="every loss is finite",
+            remedy="lower train.learning_rate, or capture in bfloat16; other layers are unharmed",
+        )
 
 
 def _note(fit: Fit) -> str:

@@ -49,8 +49,11 @@ def produce(
     compute: Callable[[Path], None],
     lock_wait_s: float,
     scratch: Path | None = None,
+    published: bool = True,
 ) -> Path:
     """Publish at `out` what `compute` makes of `settings` and `inputs`; adopt it if it exists.
+
+    Returns where the result lies: `out`, or its work folder when it is not to be published.
 
     Args:
         module: dotted name of the stage's module: the code that the fingerprint covers.
@@ -58,6 +61,7 @@ def produce(
         inputs: digest of everything that it reads, by name.
         compute: fills the folder that it is given; finds there what an interrupted call left.
         scratch: root of the work folders, `scratch_root()` unless given.
+        published: false leaves `out` alone; a later call finds the work done.
 
     Raises:
         ResourceError: another run held the lock for longer than `lock_wait_s` seconds.
@@ -65,18 +69,20 @@ def produce(
     identity = {"settings": settings, "inputs": inputs, "code": code_digest(module)}
     fingerprint = _digest_json({"module": module, **identity})[:16]
     root = scratch or scratch_root()
-    unit = out.as_posix().removeprefix("stages/").strip("/").replace("/", "-")
+    unit = "-".join(part for part in out.parts[-2:] if part != "stages")
     work = root / unit / fingerprint
-    with (
-        lock((scratch or Path(".scratch")) / "locks" / unit, lock_wait_s),
-        lock(root / "locks" / f"{unit}-{fingerprint}", lock_wait_s),
-    ):
+    with contextlib.ExitStack() as locks:
+        if published:
+            locks.enter_context(lock((scratch or Path(".scratch")) / "locks" / unit, lock_wait_s))
+        locks.enter_context(lock(root / "locks" / f"{unit}-{fingerprint}", lock_wait_s))
         if _is_complete(work):
             print(f"{out}: found complete in {work}", flush=True)
         else:
             work.mkdir(parents=True, exist_ok=True)
             compute(work)
             write_manifest(work, {"module": module, "fingerprint": fingerprint, **identity})
+        if not published:
+            return work
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(work, out)
     return out

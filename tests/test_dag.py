@@ -1,12 +1,15 @@
 """The frame itself: what dvc.yaml says a stage depends on is what its code uses."""
 
+import dataclasses
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from pipeline import workdir
+from pipeline import compose, workdir
+from pipeline.config import leaves, select
 
 PROJECT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
@@ -37,3 +40,43 @@ def test_every_stage_has_the_one_shape():
     for name in NAMES:
         doc = importlib.import_module(f"pipeline.stages.{name}").__doc__ or ""
         assert all(f"\n{word}:" in doc for word in ("Reads", "Writes", "Cost", "Run")), name
+
+
+ELSEWHERE = {f"convert.{name}" for name in ("dense", "revision", "layers", "output")}
+ELSEWHERE |= {f"data.{name}" for name in ("dataset", "subset", "revision", "split", "streaming")}
+ELSEWHERE |= {"data.files", "data.text_column"}
+"""Read by a conversion on its own, and by another `data.source`: shown in other tests."""
+
+
+class Traced:
+    """A configuration that notes every leaf that is read of it."""
+
+    def __init__(self, node: Any, read: set[str], path: str = "") -> None:
+        self.node, self.read, self.path = node, read, path
+
+    def __getattr__(self, name: str) -> Any:
+        value, path = getattr(self.node, name), f"{self.path}.{name}".strip(".")
+        if dataclasses.is_dataclass(value):
+            return Traced(value, self.read, path)
+        self.read.add(path)
+        return value
+
+
+@pytest.mark.slow
+def test_params_cover_every_key_that_a_stage_reads_and_every_key_is_read(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each stage runs for real on a configuration that notes what is asked of it."""
+    cfg = compose.load(["experiment=pico"])
+    unread = set(leaves(cfg))
+    for name in NAMES[1:]:
+        module = importlib.import_module(f"pipeline.stages.{name}")
+        monkeypatch.setattr(module, "select", lambda traced, keys: select(traced.node, keys))
+        read: set[str] = set()
+        for layer in [{"layer": k} for k in cfg.model.layers] if name == "train" else [{}]:
+            module.run(Traced(cfg, read), **layer)
+        declared = select(cfg, module.PARAMS).keys()
+        foreign = {key for key in read - declared if not key.startswith("runtime.")}
+        assert foreign == set(), f"{name} reads what it does not declare"
+        unread -= read
+    assert unread == ELSEWHERE

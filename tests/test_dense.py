@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import dense, record
@@ -144,3 +145,28 @@ def test_the_record_holds_the_digest_of_every_file(tmp_path: Path):
     record = dense.resolve(str(tmp_path))
     assert {"config.json", "model.safetensors"} <= record["digests"].keys()
     assert record["revision"] is None
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    tiny("Llama").save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_missing_or_misshapen_tensor_is_refused_by_name(tmp_path: Path, name: str):
+    """transformers alone fills it with random numbers."""
+    tensors = saved(tmp_path)
+    for changed in (None, torch.zeros(3, 5)):
+        tensors.pop(name, None)
+        kept = tensors if changed is None else {**tensors, name: changed}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=name):
+            dense.load_model(str(tmp_path))
+
+
+def test_truncated_weights_are_refused_in_one_line(tmp_path: Path):
+    saved(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        dense.load_model(str(tmp_path))

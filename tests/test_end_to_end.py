@@ -1,5 +1,6 @@
 """The DAG as a user runs it, with the real dvc, on two layers of width 32."""
 
+import csv
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).parent.parent
 TRACKED = ("pipeline", "conf", "stages/README.md", "dvc.yaml", "params.yaml", ".dvc/config")
@@ -132,13 +134,30 @@ def test_the_checkpoint_opens_in_a_fresh_process_and_generates(checkout: Checkou
 
 
 def test_an_experiment_reuses_dense_tokens_and_capture(checkout: Checkout):
-    output = checkout.run("dvc exp run -n eight -S moe.n_experts=8")
+    output = checkout.run("dvc exp run -n wide -S moe.n_experts=32")
     assert stages_run(output) == AFTER_MOE
-    assert checkout.json("stages/convert/config.json")["num_local_experts"] == 8
-    shown = json.loads(checkout.run("dvc exp show --json"))
-    assert "eight" in json.dumps(shown)
+    assert checkout.json("stages/convert/config.json")["num_local_experts"] == 32
+    shown = checkout.run("dvc exp show --csv --only-changed")
+    header, *rows = csv.DictReader(shown.splitlines()), *csv.DictReader(shown.splitlines())
+    assert "perplexity_ratio.heldout" in header.fieldnames
+    experts = {row["Experiment"] or row["rev"]: row["moe.n_experts"] for row in rows}
+    assert {experts["main"], experts["wide"]} == {"4", "32"}
     checkout.run("git checkout -q . && dvc checkout")
     assert checkout.json("stages/convert/config.json")["num_local_experts"] == 4
+
+
+def test_layers_fitted_ahead_at_once_are_adopted(checkout: Checkout):
+    prefill = "python -m pipeline prefill -m layer=0,1 hydra/launcher=joblib"
+    assert checkout.run(f"{prefill} moe.n_experts=8").count("complete in") == 2
+    output = checkout.run("dvc exp run -S moe.n_experts=8 train@0 train@1")
+    assert output.count("stages/train/layer_0: found complete") == 1
+    assert output.count("stages/train/layer_1: found complete") == 1
+    checkout.run("git checkout -q . && dvc checkout")
+
+
+def test_layers_are_not_fitted_ahead_to_activations_of_another_configuration(checkout: Checkout):
+    output = checkout.run("python -m pipeline prefill layer=0 data.sequence_length=16", expect=5)
+    assert "data.sequence_length: 32 there, 16 here" in output and "Traceback" not in output
 
 
 def test_queued_experiments_run(checkout: Checkout):
@@ -185,12 +204,45 @@ def test_conversion_alone_needs_only_three_paths(checkout: Checkout, tmp_path: P
 
 
 def test_outs_are_what_the_stages_write(checkout: Checkout):
-    tracked = checkout.run("git ls-files").split()
+    locked = yaml.safe_load((checkout.root / "dvc.lock").read_text())["stages"]
+    outs = {out["path"] for stage in locked.values() for out in stage["outs"]}
+    assert all((checkout.root / out).exists() for out in outs)
     written = {
-        str(p.relative_to(checkout.root))
+        p.relative_to(checkout.root)
         for folder in ("stages", "reports")
         for p in (checkout.root / folder).rglob("*")
-        if p.is_file()
-    } - set(tracked)
-    locked = checkout.run("dvc list . --dvc-only -R").split()
-    assert written <= set(locked)
+        if p.is_file() and p.name != "README.md"
+    }
+    stray = [str(p) for p in written if not {str(p), *map(str, p.parents)} & outs]
+    assert stray == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "named"),
+    [
+        ("pipeline.stages.train --layer 0 moe.n_expert=8", 2, "did you mean moe.n_experts?"),
+        ("pipeline.stages.budget moe.n_experts=4 moe.top_k=5", 2, "moe.top_k <= moe.n_experts"),
+        ("pipeline.stages.budget moe.d_ff_expert=0.3", 2, "moe.d_ff_expert=19"),
+        ("pipeline.stages.budget model.layers=[0,7]", 3, "the model has 2 layers: 0 to 1"),
+        (
+            "pipeline.stages.dense model=pretrained model.id=nowhere/none model.layers=[0]",
+            3,
+            "nowhere/none",
+        ),
+        ("pipeline.stages.tokens data=files data.files=[empty.txt]", 3, "every row is blank"),
+        ("pipeline.stages.tokens data=files data.files=[none.txt]", 3, "no such file"),
+        ("pipeline.stages.train --layer 5", 5, "stages/capture/layer_5.zarr"),
+    ],
+)
+def test_a_mistake_ends_with_its_exit_code_and_names_the_rule(
+    checkout: Checkout, command: str, code: int, named: str
+):
+    (checkout.root / "empty.txt").write_text("\n\n  \n")
+    before = stamps(checkout.root / "stages")
+    output = checkout.run(f"python -m {command}", expect=code)
+    assert named in output and "remedy:" in output and "Traceback" not in output
+    assert stamps(checkout.root / "stages") == before
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

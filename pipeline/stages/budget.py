@@ -28,20 +28,21 @@ PARAMS = (
 )
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, published: bool = True) -> Path:
     def compute(folder: Path) -> None:
         from pipeline import budget, record
 
         for layer, content in budget.uniform(record.read(DENSE), cfg.moe, cfg.model.layers).items():
             workdir.write_json(folder / f"layer_{layer}.json", content)
 
-    workdir.produce(
+    return workdir.produce(
         BUDGET,
         module="pipeline.stages.budget",
         settings=select(cfg, PARAMS),
         inputs={"dense": workdir.digest(DENSE)},
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
+        published=published,
     )
 
 

@@ -9,7 +9,7 @@ Run:    python -m pipeline.stages.capture [key=value ...]
 from pathlib import Path
 
 from pipeline import command, runtime, workdir
-from pipeline.config import CAPTURED_SPLITS, Config, select
+from pipeline.config import CAPTURED_SPLITS, SPLITS, Config, select
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 
 PARAMS = (
@@ -37,10 +37,13 @@ def run(cfg: Config) -> None:
             device_map=cfg.model.device_map,
             trust_remote_code=cfg.model.trust_remote_code,
         )
+        rows = int(model.get_input_embeddings().num_embeddings)  # pyright: ignore
+        for split in SPLITS:  # `shifted` too: `evaluate` would find out only after the training
+            corpus.check_token_ids(corpus.read_blocks(TOKENS, split), rows)
         blocks = {split: corpus.read_blocks(TOKENS, split) for split in CAPTURED_SPLITS}
         kept = max(1, cfg.capture.heldout_tokens // blocks["heldout"].shape[1])
         blocks["heldout"] = blocks["heldout"][:kept]
-        with runtime.progress("capture") as progress:
+        with runtime.progress("capture", "tokens") as progress:
             capture.capture_activations(
                 model,
                 blocks,

@@ -19,6 +19,7 @@ from pipeline.config import Config, ConvertConfig, RuntimeConfig, select
 from pipeline.errors import ConfigError
 from pipeline.stages import CONVERT, DENSE, final_layers
 
+MODULE = "pipeline.stages.convert"
 PARAMS = (
     "convert",
     "model.id",
@@ -51,7 +52,7 @@ def run(cfg: Config) -> None:
 
     workdir.produce(
         CONVERT,
-        module="pipeline.stages.convert",
+        module=MODULE,
         settings=select(cfg, PARAMS),
         inputs={
             "dense": workdir.digest(DENSE),
@@ -73,9 +74,10 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             remedy=f"add {' '.join(f'convert.{name}=...' for name in missing)}",
         )
     assert cfg.dense and cfg.layers and cfg.output
+    source, output = cfg.dense, Path(cfg.output).absolute()
+    _check_output(output)
     from pipeline import checkpoint
 
-    source, output = cfg.dense, Path(cfg.output)
     folders = checkpoint.layer_folders(Path(cfg.layers))
 
     def compute(folder: Path) -> None:
@@ -92,7 +94,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     scratch = output.parent / f".{output.name}.scratch"
     workdir.produce(
         output,
-        module="pipeline.stages.convert",
+        module=MODULE,
         settings={"max_shard_size": cfg.max_shard_size, "tolerance": cfg.tolerance},
         inputs={
             "dense": _identity(source, cfg.revision),
@@ -103,6 +105,20 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
         scratch=scratch,
     )
     shutil.rmtree(scratch)
+
+
+def _check_output(output: Path) -> None:
+    """Publishing replaces the folder as a whole, so that it must hold nothing but our own."""
+    manifest = output / workdir.MANIFEST
+    ours = manifest.is_file() and workdir.read_json(manifest).get("module") == MODULE
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not ours and not empty:
+        raise ConfigError(
+            "The output would replace something that is no conversion.",
+            value=f"convert.output={output.absolute()}",
+            rule="a folder that is new, empty, or an earlier conversion",
+            remedy="name another convert.output",
+        )
 
 
 def _identity(source: str, revision: str | None) -> str:

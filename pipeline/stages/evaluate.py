@@ -61,7 +61,7 @@ def run(cfg: Config) -> None:
                 device_map=cfg.model.device_map,
                 trust_remote_code=cfg.model.trust_remote_code,
             )
-        with runtime.progress("evaluate") as progress:
+        with runtime.progress("evaluate", "tokens") as progress:
             measured = evaluation.measure(
                 **models,
                 tokenizer=dense.load_tokenizer(str(CONVERT)),

@@ -21,9 +21,9 @@ PARAMS = (
 )
 
 
-def run(cfg: Config, layer: int) -> None:
+def run(cfg: Config, layer: int, budget: Path = BUDGET, published: bool = True) -> Path:
     store, ffn = CAPTURE / f"layer_{layer}.zarr", CAPTURE / f"ffn_{layer}.safetensors"
-    shape = BUDGET / f"layer_{layer}.json"
+    shape = budget / f"layer_{layer}.json"
 
     def compute(folder: Path) -> None:
         from pipeline import training
@@ -45,7 +45,7 @@ def run(cfg: Config, layer: int) -> None:
                 progress=progress,
             )
 
-    workdir.produce(
+    return workdir.produce(
         TRAIN / f"layer_{layer}",
         module="pipeline.stages.train",
         settings=select(cfg, PARAMS),
@@ -56,6 +56,7 @@ def run(cfg: Config, layer: int) -> None:
         },
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
+        published=published,
     )
 
 

@@ -1,0 +1,450 @@
+"""Every figure is what its definition says, computed once more by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+import pipeline
+from pipeline import corpus, evaluation, workdir
+from pipeline.config import Codec, EvaluateConfig
+from pipeline.documents import Document
+from pipeline.errors import ArtifactError, InputError
+from pipeline.layers import save_layer, write_history
+from pipeline.moe import SparseMoE
+from pipeline.pretrain import train_tokenizer
+from pipeline.shape import MoEShape
+from pipeline.store import LayerReader, LayerWriter
+
+D, LENGTH = 16, 8
+SHAPE = MoEShape(D, 32, 16, 4, 2, "silu", True, False, "softmax_topk")
+
+
+def layer(shape: MoEShape = SHAPE, seed: int = 0) -> SparseMoE:
+    generator = torch.Generator().manual_seed(seed)
+    moe = SparseMoE(shape).requires_grad_(False)
+    for weight in moe.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * D**-0.5)
+    return moe
+
+
+def rows(n: int = 6 * LENGTH, seed: int = 1) -> Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(path: Path, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> LayerReader:
+    """A store whose heldout rows are these; its other splits are something else."""
+    writer = LayerWriter.open(
+        path,
+        rows={"train": LENGTH, "validation": LENGTH, "heldout": len(x)},
+        d_model=x.shape[1],
+        dtype=dtype,
+        sequence_length=LENGTH,
+        codec=Codec.compact,
+        shard_mb=1,
+        chunk_mb=1,
+        attributes={},
+    )
+    other = torch.full((LENGTH, x.shape[1]), 7.0, dtype=dtype)
+    writer.write_shard("train", 0, other, other)
+    writer.write_shard("validation", 0, other, other)
+    writer.write_shard("heldout", 0, x.to(dtype), y.to(dtype))
+    return LayerReader(path)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Between the two nearest, linearly."""
+    position = share * (len(values) - 1)
+    below = sorted(values)[math.floor(position)]
+    return below + (sorted(values)[math.ceil(position)] - below) * (position % 1)
+
+
+# One layer
+
+
+def test_layer_metrics_are_those_of_a_double_loop(tmp_path: Path):
+    moe, x = layer(), rows()
+    y = moe(x) + 0.3 * rows(seed=2)
+    y[::LENGTH] *= 5
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, y))
+
+    y_hat, routing = moe.forward_routed(x)
+    squares, errors, powers, cosines = 0.0, [], [], []
+    for t in range(len(x)):
+        error = power = dot = norm = 0.0
+        for d in range(D):
+            p, q = float(y_hat[t, d]), float(y[t, d])
+            error, power = error + (p - q) ** 2, power + q * q
+            dot, norm = dot + p * q, norm + p * p
+        squares += error
+        errors.append(error)
+        powers.append(power)
+        cosines.append(dot / math.sqrt(norm * power))
+    assert found["mse"] == pytest.approx(squares / (len(x) * D), rel=1e-4)
+    assert found["relative_mse"] == pytest.approx(sum(errors) / sum(powers), rel=1e-4)
+    assert found["cosine_sim"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-4)
+    assert found["cosine_sim_p5"] == pytest.approx(quantile(cosines, 0.05), rel=1e-4)
+    first = range(0, len(x), LENGTH)
+    assert found["first_token"] == {
+        "relative_mse": pytest.approx(
+            sum(errors[t] for t in first) / sum(powers[t] for t in first), rel=1e-4
+        ),
+        "cosine_sim": pytest.approx(sum(cosines[t] for t in first) / len(first), rel=1e-4),
+    }
+    counts = [sum(int(e) == k for row in routing.expert_ids for e in row) for k in range(4)]
+    total = sum(counts)
+    assert found["routing"]["load"] == pytest.approx([c / total for c in counts])
+    assert found["routing"]["load_max_over_mean"] == pytest.approx(4 * max(counts) / total)
+    entropy = -sum(c / total * math.log(c / total) for c in counts if c)
+    assert found["routing"]["load_entropy"] == pytest.approx(entropy / math.log(4))
+    assert found["routing"]["dead_experts"] == counts.count(0)
+
+
+def test_an_exact_layer_has_cosine_one_and_no_error(tmp_path: Path):
+    moe, x = layer(), rows()
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, moe(x)))
+    assert found["mse"] < 1e-12 and found["relative_mse"] < 1e-10
+    assert found["cosine_sim"] == pytest.approx(1, abs=1e-6)
+    assert found["cosine_sim_p5"] == pytest.approx(1, abs=1e-6)
+
+
+def test_layer_metrics_read_more_rows_than_one_pass_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    moe, x = layer(), rows()
+    reader = stored(tmp_path / "a", x, rows(seed=3))
+    expected = evaluation.layer_metrics(moe, reader)
+    monkeypatch.setattr(evaluation, "ROWS", 5)
+    found = evaluation.layer_metrics(moe, reader)
+    assert found.pop("routing") == expected.pop("routing")
+    assert found.pop("first_token") == pytest.approx(expected.pop("first_token"), rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_layer_metrics_of_bf16_rows_are_computed_in_float32(tmp_path: Path):
+    moe, x, y = layer(), rows().bfloat16(), rows(seed=3).bfloat16()
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, y, torch.bfloat16))
+    error = (moe(x.float()) - y.float()).square().mean()
+    assert found["mse"] == pytest.approx(float(error), rel=1e-5)
+
+
+def finite(value: Any) -> bool:
+    return json.loads(json.dumps(value, allow_nan=False)) is not None
+
+
+def test_a_target_of_zeros_has_null_ratios_with_their_reason(tmp_path: Path):
+    moe, x = layer(), rows()
+    zeros = torch.zeros_like(x).copysign(x)  # of both signs
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, zeros))
+    assert finite(found)
+    assert found["mse"] == pytest.approx(float(moe(x).square().mean()), rel=1e-5)
+    assert found["cosine_sim_p5"] is None
+    for part in (found, found["first_token"]):
+        assert part["relative_mse"] is part["cosine_sim"] is None
+        assert "zero" in part["null_because"]
+
+
+def test_a_token_whose_target_is_zero_has_no_cosine_and_counts_in_the_errors(tmp_path: Path):
+    moe, x = layer(), rows()
+    y = rows(seed=3)
+    y[::LENGTH] = 0
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, y))
+    assert finite(found) and "null_because" not in found
+    others = torch.arange(len(x)) % LENGTH > 0
+    cosines = torch.cosine_similarity(moe(x), y, dim=1)[others]
+    assert found["cosine_sim"] == pytest.approx(float(cosines.mean()), rel=1e-5)
+    assert found["mse"] == pytest.approx(float((moe(x) - y).square().mean()), rel=1e-5)
+    assert found["first_token"]["cosine_sim"] is None
+
+
+def test_a_constant_target_has_finite_metrics(tmp_path: Path):
+    x = rows()
+    found = evaluation.layer_metrics(layer(), stored(tmp_path / "a", x, torch.full_like(x, 0.5)))
+    assert finite(found) and None not in found.values()
+
+
+def test_a_layer_on_another_models_activations_is_refused(tmp_path: Path):
+    other = torch.randn(LENGTH, 24)
+    with pytest.raises(ArtifactError, match=r"d_model 16; .* has 24") as refusal:
+        evaluation.layer_metrics(layer(), stored(tmp_path / "a", other, other))
+    assert refusal.value.exit_code == 5
+
+
+# The public function
+
+
+@pytest.fixture
+def two_layers(tmp_path: Path) -> tuple[Path, Path]:
+    """Folders of layers 2 and 10, and of their captures."""
+    layers, captured = tmp_path / "train", tmp_path / "capture"
+    captured.mkdir()
+    for k in (2, 10):
+        (layers / f"layer_{k}").mkdir(parents=True)
+        save_layer(layer(seed=k), layers / f"layer_{k}", {"layer": k, "host": "mixtral"})
+        stored(captured / f"layer_{k}.zarr", rows(), rows(seed=k))
+    (layers / "layer_2.tmp").mkdir()
+    return layers, captured
+
+
+def test_evaluate_gives_the_metrics_of_every_layer_by_its_index(two_layers: tuple[Path, Path]):
+    layers, captured = two_layers
+    found = pipeline.evaluate(layers, str(captured))
+    assert list(found) == [2, 10]
+    for k, metrics in found.items():
+        assert metrics.keys() >= {"mse", "cosine_sim", "relative_mse", "cosine_sim_p5", "routing"}
+        reader = LayerReader(captured / f"layer_{k}.zarr")
+        assert metrics == evaluation.layer_metrics(layer(seed=k), reader)
+
+
+def test_evaluate_of_some_layers_gives_those(two_layers: tuple[Path, Path]):
+    assert list(pipeline.evaluate(*two_layers, layers=[10])) == [10]
+
+
+@pytest.mark.parametrize("layers", [None, []])
+def test_evaluate_of_no_layers_is_refused(tmp_path: Path, layers: list[int] | None):
+    with pytest.raises(InputError, match="no trained layers"):
+        pipeline.evaluate(tmp_path, tmp_path, layers)
+
+
+# The whole model
+
+
+def llama(seed: int = 0, **changes: Any) -> tf.PreTrainedModel:
+    torch.manual_seed(seed)
+    config = tf.LlamaConfig(
+        **{"vocab_size": 300, "hidden_size": D, "intermediate_size": 32}
+        | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        | {"initializer_range": 0.5, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 299}
+        | changes
+    )
+    return tf.LlamaForCausalLM(config).eval()
+
+
+def mixtral(shape: MoEShape, **changes: Any) -> tf.PreTrainedModel:
+    torch.manual_seed(2)
+    config = tf.MixtralConfig(
+        **{"vocab_size": 300, "hidden_size": D, "intermediate_size": shape.d_ff_expert}
+        | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        | {"num_local_experts": shape.n_experts, "num_experts_per_tok": shape.top_k}
+        | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 299}
+        | changes
+    )
+    return tf.MixtralForCausalLM(config).eval()
+
+
+def blocks(n: int = 5, vocabulary: int = 300) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(vocabulary, (n, LENGTH), generator=generator)
+
+
+def compared(dense: tf.PreTrainedModel, sparse: tf.PreTrainedModel, **changes: Any):
+    given = {"text_bytes": 100, "batch_size": 2} | changes
+    return evaluation.compare_on_text(dense, sparse, given.pop("blocks", blocks()), **given)
+
+
+def test_a_model_compared_with_itself_loses_nothing():
+    model = llama()
+    found = compared(model, model)
+    assert torch.equal(found.kl, torch.zeros(5 * (LENGTH - 1)))
+    assert found.top1_agreement == 1
+    assert found.perplexity[0] == found.perplexity[1]
+    assert found.byte_perplexity[0] == found.byte_perplexity[1]
+    metrics = evaluation.figures(
+        {0: judged()}, {0: SHAPE}, {"heldout": found, "shifted": found}, 1, 1
+    )
+    assert metrics["perplexity_ratio"] == {"heldout": 1, "shifted": 1}
+    assert metrics["kl"] == {"mean": 0, "p99": 0}
+
+
+def test_perplexity_is_that_of_transformers_loss():
+    models = llama(0), llama(1)
+    with torch.inference_mode():
+        losses = [float(m(input_ids=blocks(), labels=blocks()).loss) for m in models]
+    found = compared(*models)
+    assert found.perplexity == pytest.approx([math.exp(loss) for loss in losses], rel=1e-5)
+    # 100 bytes in 40 tokens of which 35 are predicted.
+    per_byte = [math.exp(loss * 35 / (100 * 35 / 40)) for loss in losses]
+    assert found.byte_perplexity == pytest.approx(per_byte, rel=1e-5)
+
+
+def test_kl_and_agreement_are_those_of_a_loop_over_tokens():
+    models = llama(0), llama(1)
+    found = compared(*models)
+    with torch.inference_mode():
+        p, q = (m(input_ids=blocks()).logits.double().softmax(dim=-1) for m in models)
+    kl, same = [], 0
+    for sequence in range(5):
+        for t in range(LENGTH - 1):
+            a, b = p[sequence, t], q[sequence, t]
+            kl.append(sum(float(a[v] * (a[v] / b[v]).log()) for v in range(300)))
+            same += int(a.argmax() == b.argmax())
+    assert found.kl.tolist() == pytest.approx(kl, rel=1e-3, abs=1e-5)
+    assert found.top1_agreement == same / len(kl) < 1
+    text = {"heldout": found, "shifted": found}
+    metrics = evaluation.figures({0: judged()}, {0: SHAPE}, text, 1, 1)
+    assert metrics["kl"]["mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert metrics["kl"]["p99"] == pytest.approx(quantile(kl, 0.99), rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batch_size_does_not_change_the_comparison(batch_size: int):
+    expected, found = (compared(llama(0), llama(1), batch_size=n) for n in (2, batch_size))
+    torch.testing.assert_close(found.kl, expected.kl, rtol=1e-4, atol=1e-6)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+
+
+def test_comparison_reports_every_token_as_progress():
+    seen = []
+    compared(llama(), llama(), progress=lambda done, total, note: seen.append((done, total)))
+    assert seen == [(16, 40), (32, 40), (40, 40)]
+
+
+# The figures
+
+
+def judged(**changes: Any) -> dict[str, Any]:
+    metrics = {"mse": 0.1, "relative_mse": 0.2, "cosine_sim": 0.9, "cosine_sim_p5": 0.8}
+    return metrics | {"first_token": {}, "routing": {}} | changes
+
+
+def text(dense: float = 2.0, sparse: float = 3.0) -> evaluation.TextLoss:
+    return evaluation.TextLoss((dense, sparse), (1.5, 1.75), torch.arange(101.0), 0.5)
+
+
+def figures(layers: dict[int, dict[str, Any]], shapes: dict[int, MoEShape], **counts: int):
+    counts = {"dense_parameters": 100, "sparse_parameters": 10**6} | counts
+    return evaluation.figures(layers, shapes, {"heldout": text(), "shifted": text(4, 8)}, **counts)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(4, 1), (6, 2), (2, 2)])
+def test_parameter_counts_are_those_of_the_real_sparse_model(n_experts, top_k, tied):
+    shape = MoEShape(D, 32, 16, n_experts, top_k, "silu", True, False, "softmax_topk")
+    model = mixtral(shape, tie_word_embeddings=tied)
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for name, parameter in model.named_parameters():
+        if "experts." in name:
+            assert parameter.shape[0] == n_experts
+            idle += (n_experts - top_k) * parameter[0].numel()
+    found = figures(
+        {0: judged(), 1: judged()},
+        {0: shape, 1: shape},
+        dense_parameters=llama().num_parameters(),
+        sparse_parameters=model.num_parameters(),
+    )
+    assert found["sparse"]["parameters"] == {"total": total, "active": total - idle}
+    assert found["dense"]["parameters"] == sum(p.numel() for p in llama().parameters())
+
+
+def test_active_fractions_are_those_of_the_layers_weighted_by_width():
+    wide = MoEShape(D, 64, 16, 4, 1, "silu", True, False, "softmax_topk")  # a quarter of 64
+    found = figures({0: judged(), 1: judged()}, {0: SHAPE, 1: wide})
+    assert found["active_ffn_fraction"] == pytest.approx((32 + 16) / (32 + 64))
+    # The router's 4 x D products are 4/3 neurons' worth, of three projections each.
+    assert found["active_flops_fraction"] == pytest.approx((32 + 16 + 2 * 4 / 3) / (32 + 64))
+
+
+def test_figures_name_each_text_side_and_layer():
+    found = figures({0: judged(), 10: judged(cosine_sim=0.5, relative_mse=0.6)}, {0: SHAPE})
+    assert found["dense"]["perplexity"] == {"heldout": 2, "shifted": 4}
+    assert found["sparse"]["perplexity"] == {"heldout": 3, "shifted": 8}
+    assert found["dense"]["byte_perplexity"] == {"heldout": 1.5, "shifted": 1.5}
+    assert found["sparse"]["byte_perplexity"] == {"heldout": 1.75, "shifted": 1.75}
+    assert found["perplexity_ratio"] == {"heldout": 1.5, "shifted": 2}
+    assert found["kl"] == {"mean": 50, "p99": 99}
+    assert found["top1_agreement"] == 0.5
+    assert found["cosine_sim"] == {"mean": pytest.approx(0.7), "worst": 0.5}
+    assert found["relative_mse"] == {"mean": pytest.approx(0.4), "worst": 0.6}
+    assert found["layers"] == {"0": judged(), "10": judged(cosine_sim=0.5, relative_mse=0.6)}
+
+
+def test_figures_leave_null_layers_out_and_are_null_when_all_are():
+    null = judged(cosine_sim=None, relative_mse=None)
+    some = figures({0: judged(), 1: null}, {0: SHAPE, 1: SHAPE})
+    assert some["cosine_sim"] == {"mean": 0.9, "worst": 0.9}
+    none = figures({0: null}, {0: SHAPE})
+    assert none["relative_mse"] == none["cosine_sim"] == {"mean": None, "worst": None}
+    assert finite(some) and finite(none)
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([Document("a", "Return the number of items. " * 20)], 300)
+
+
+def test_continuation_is_the_prompt_and_the_models_first_choices(tokenizer):
+    model = llama()
+    ids = tokenizer("Return the").input_ids
+    for _ in range(6):
+        with torch.inference_mode():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert evaluation.continuation(model, tokenizer, "Return the", 6) == expected
+
+
+def test_continuation_by_no_tokens_is_the_prompt(tokenizer):
+    assert evaluation.continuation(llama(), tokenizer, "Return", 0) == "Return"
+
+
+def test_continuation_of_an_empty_prompt_begins_a_document(tokenizer):
+    model = llama(seed=1)
+    after_end = evaluation.continuation(model, tokenizer, tokenizer.eos_token, 5)
+    assert evaluation.continuation(model, tokenizer, "", 5) == after_end != ""
+
+
+# All together
+
+
+def test_measure_gives_everything_that_the_report_tells(tmp_path: Path, tokenizer):
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    from safetensors.torch import save_file
+
+    counts = {}
+    for name, n in {"train": 4, "validation": 2, "heldout": 3, "shifted": 2}.items():
+        save_file({"tokens": blocks(n).int()}, tokens / f"{name}.safetensors")
+        counts[name] = {"blocks": n, "tokens": n * LENGTH, "bytes": 50 * n, "budget": 99}
+    workdir.write_json(tokens / corpus.RECORD, {"sequence_length": LENGTH, "splits": counts})
+    layers, stores = {}, {}
+    for k in (0, 1):
+        layers[k] = tmp_path / f"layer_{k}"
+        layers[k].mkdir()
+        save_layer(layer(seed=k), layers[k], {"layer": k, "host": "mixtral"})
+        write_history(layers[k], [{"step": 0, "validation_relative_mse": 0.5 + k}])
+        stores[k] = stored(tmp_path / f"layer_{k}.zarr", rows(), rows(seed=k))
+    dense, sparse = llama(), mixtral(SHAPE)
+    found = evaluation.measure(
+        dense=dense,
+        sparse=sparse,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        layers=layers,
+        stores=stores,
+        cfg=EvaluateConfig(batch_size=2, prompt="Return", new_tokens=3),
+    )
+    assert found.keys() == {"metrics", "layers", "history", "samples", "tokens"}
+    metrics = found["metrics"]
+    assert finite(metrics)
+    for name in ("heldout", "shifted"):
+        text = corpus.read_blocks(tokens, name)
+        alone = compared(dense, sparse, blocks=text, text_bytes=counts[name]["bytes"])
+        assert metrics["dense"]["perplexity"][name] == alone.perplexity[0]
+        assert metrics["sparse"]["byte_perplexity"][name] == alone.byte_perplexity[1]
+    assert metrics["layers"]["1"] == evaluation.layer_metrics(layer(seed=1), stores[1])
+    assert metrics["sparse"]["parameters"]["total"] == sparse.num_parameters()
+    assert found["history"] == {
+        k: [{"step": 0, "validation_relative_mse": 0.5 + k}] for k in (0, 1)
+    }
+    assert found["layers"][1]["host"] == "mixtral" and found["tokens"] == counts
+    for side, model in (("dense", dense), ("sparse", sparse)):
+        said = evaluation.continuation(model, tokenizer, "Return", 3)
+        assert found["samples"][side] == said

@@ -1,0 +1,156 @@
+"""A layer on disk is read back as it was written, or refused with the reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_start import D, F, dense_ffn, plan_of
+
+from pipeline.errors import ArtifactError
+from pipeline.layers import (
+    CONFIG,
+    HISTORY,
+    WEIGHTS,
+    load_layer,
+    read_history,
+    save_layer,
+    write_history,
+)
+from pipeline.moe import SparseMoE
+from pipeline.shape import MoEShape
+
+FAMILIES = [(True, False), (True, True), (False, False), (False, True)]  # gated, bias
+
+
+def record_of(gated: bool = True, bias: bool = False) -> dict[str, Any]:
+    plan = plan_of(dense_ffn(gated, bias), F // 4, 8, 2)
+    return {**plan, "training": {"steps": 7, "validation": {"validation_loss": 0.1}}}
+
+
+def saved(folder: Path, gated: bool = True, bias: bool = False) -> SparseMoE:
+    """A random layer, and its files in `folder`."""
+    record = record_of(gated, bias)
+    moe = SparseMoE(MoEShape(**record["shape"]))
+    with torch.no_grad():
+        for weight in moe.parameters():
+            weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
+    save_layer(moe, folder, record)
+    return moe
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        load_layer(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("gated", "bias"), FAMILIES)
+def test_layer_is_read_as_it_was_written(tmp_path, gated, bias):
+    moe = saved(tmp_path, gated, bias)
+    found, record = load_layer(tmp_path)
+    assert record == {**record_of(gated, bias), "dtype": "float32"}
+    assert found.shape == moe.shape
+    torch.testing.assert_close(found.state_dict(), moe.state_dict(), rtol=0, atol=0)
+    x = torch.randn(5, D)
+    assert torch.equal(found(x), moe(x))
+
+
+def test_layer_lies_there_in_safetensors_and_json_alone(tmp_path):
+    moe = saved(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
+    assert load_file(tmp_path / WEIGHTS).keys() == moe.state_dict().keys()
+    assert json.loads((tmp_path / CONFIG).read_text())["host"] == "mixtral"
+
+
+def test_equal_layers_are_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        saved(tmp_path / name)
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_record_names_the_dtype_of_the_weights(tmp_path):
+    moe = saved(tmp_path).to(torch.bfloat16)
+    save_layer(moe, tmp_path, record_of())
+    assert load_layer(tmp_path)[1]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("down_proj"),
+        lambda tensors: tensors.update(up_bias=torch.zeros(8, F // 4)),
+        lambda tensors: tensors.update(down_proj=tensors["down_proj"][:, :-1].clone()),
+        lambda tensors: tensors.update(w2=tensors.pop("down_proj")),
+    ],
+    ids=["missing", "foreign", "of another shape", "renamed"],
+)
+def test_layer_of_other_tensors_than_its_shape_has_is_refused(tmp_path, change):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    wanted = set(tensors.items())
+    change(tensors)
+    save_file(tensors, tmp_path / WEIGHTS)
+    message = refusal(tmp_path)
+    differing = {name for name, _ in wanted ^ set(tensors.items())}
+    assert all(name in message for name in differing) and "router" not in message
+    assert str(tmp_path) in message and "dvc repro" in message
+
+
+def test_layer_of_another_shape_than_its_record_says_is_refused(tmp_path):
+    saved(tmp_path)
+    record = json.loads((tmp_path / CONFIG).read_text())
+    record["shape"]["n_experts"] = 16
+    (tmp_path / CONFIG).write_text(json.dumps(record))
+    assert "router.weight" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(tmp_path, size):
+    saved(tmp_path)
+    path = tmp_path / WEIGHTS
+    path.write_bytes(path.read_bytes()[:size])
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_layer_without_one_of_its_files_is_refused(tmp_path, name):
+    saved(tmp_path)
+    (tmp_path / name).unlink()
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_damaged_record_is_refused(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / CONFIG
+    path.write_text(path.read_text()[:-20])
+    assert CONFIG in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"shape": {"n_experts": 8}}', '{"shape": 3}'])
+def test_record_of_something_else_is_refused(tmp_path, content):
+    saved(tmp_path)
+    (tmp_path / CONFIG).write_text(content)
+    assert "shape" in refusal(tmp_path)
+
+
+def test_history_is_read_as_it_was_written(tmp_path):
+    """To the last bit, and without the losses that the start does not have."""
+    rows = [
+        {"step": 0, "validation_loss": 0.1 + 0.2},
+        {"step": 8, "loss": 1 / 3, "validation_loss": 1e-30},
+        {"step": 16, "loss": 0.0, "validation_loss": 2e30},
+    ]
+    write_history(tmp_path, rows)
+    assert read_history(tmp_path) == rows
+    assert (tmp_path / HISTORY).read_text().startswith("step,loss,validation_loss\n0,,0.3")
+
+
+def test_history_of_the_start_alone_is_one_row(tmp_path):
+    rows = [{"step": 0, "validation_loss": 0.5}]
+    write_history(tmp_path, rows)
+    assert read_history(tmp_path) == rows

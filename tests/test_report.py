@@ -1,0 +1,404 @@
+"""The page shows every figure that was measured, alone, and as text whatever it is given."""
+
+import csv
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import report
+
+SCRIPT = "<script>alert('x')</script>"
+FILES = {"metrics.json", "layers.json", "layers.csv", "history.csv"}
+FILES |= {"report.html", "README.md", "summary.txt"}
+
+
+def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[str, Any]:
+    """What `evaluation.measure` and the manifests give; every figure differs from the others."""
+    rng = random.Random(0)
+
+    def share() -> float:
+        return rng.uniform(0.1, 0.9)
+
+    def layer() -> dict[str, Any]:
+        load = [share() for _ in range(n_experts)]
+        return {
+            "mse": share() * 1e-5,
+            "relative_mse": share(),
+            "cosine_sim": share(),
+            "cosine_sim_p5": share(),
+            "first_token": {"relative_mse": share(), "cosine_sim": share()},
+            "routing": {
+                "load": [part / sum(load) for part in load],
+                "load_max_over_mean": 1 + share(),
+                "load_entropy": share(),
+                "dead_experts": rng.randrange(100, 900),
+            },
+        }
+
+    def texts(scale: float) -> dict[str, float]:
+        return {"heldout": scale * share(), "shifted": scale * share()}
+
+    metrics = {
+        "dense": {"perplexity": texts(90), "byte_perplexity": texts(9), "parameters": 34_976_123},
+        "sparse": {
+            "perplexity": texts(90),
+            "byte_perplexity": texts(9),
+            "parameters": {"total": 98_765_432, "active": 23_456_789},
+        },
+        "perplexity_ratio": texts(5),
+        "kl": {"mean": share(), "p99": 3 * share()},
+        "top1_agreement": share(),
+        "active_ffn_fraction": share(),
+        "active_flops_fraction": share(),
+        "cosine_sim": {"mean": share(), "worst": share()},
+        "relative_mse": {"mean": share(), "worst": share()},
+        "layers": {str(k): layer() for k in range(n_layers)},
+    }
+    shape = {"d_model": 16, "d_ff": 4096, "d_ff_expert": 1024, "n_experts": n_experts, "top_k": 2}
+    shape |= {"activation": "silu", "gated": True, "bias": False, "router_function": "softmax_topk"}
+    settings = {
+        "dense": {"model.name": name, "model.id": "owner/model", "model.revision": "abc123"},
+        "tokens": {"data.source": "files", "data.dataset": None, "data.files": ["a.txt"]},
+        "convert": {"convert.tolerance": 1e-3},
+    }
+    return {
+        "name": name,
+        "metrics": metrics,
+        "manifests": {
+            part: {"settings": of, "fingerprint": f"{part}0123", "versions": {"torch": "9.8.7"}}
+            for part, of in settings.items()
+        },
+        "layers": {k: {"layer": k, "host": "mixtral", "shape": shape} for k in range(n_layers)},
+        "history": {
+            k: [
+                {"step": 0, "validation_relative_mse": 0.9},
+                {"step": 50, "loss": 0.25 + k, "validation_relative_mse": 0.5},
+            ]
+            for k in range(n_layers)
+        },
+        "samples": {"dense": "Return the list.", "sparse": "Return the tuple."},
+        "tokens": {
+            split: {
+                "blocks": 2,
+                "tokens": 1111 * (i + 1),
+                "bytes": 7777 * (i + 1),
+                "budget": 98_765,
+            }
+            for i, split in enumerate(("train", "validation", "heldout", "shifted"))
+        },
+    }
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside pictures and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.hidden, self.pictures = "", 0, ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.hidden += tag in ("svg", "style")
+        self.text += " "  # a cell's text ends where the next one's begins
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in ("svg", "style")
+
+    def handle_data(self, data: str) -> None:
+        if self.hidden:
+            self.pictures += data
+        else:
+            self.text += data
+
+    def attributes(self, *names: str) -> list[str]:
+        return [v for _, attrs in self.tags for n, v in attrs.items() if n in names and v]
+
+
+def written(folder: Path, given: dict[str, Any] | None = None) -> Page:
+    folder.mkdir(exist_ok=True)
+    report.write(folder, given or content())
+    return Page((folder / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Reports of so many layers."""
+    made = {n: tmp_path_factory.mktemp("report") / str(n) for n in (1, 3, 40)}
+    for n, folder in made.items():
+        written(folder, content(n))
+    return made
+
+
+@pytest.fixture
+def folder(folders: dict[int, Path]) -> Path:
+    return folders[3]
+
+
+@pytest.fixture
+def html(folder: Path) -> str:
+    return (folder / "report.html").read_text()
+
+
+@pytest.fixture
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def figures(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from figures(below, f"{name}.{key}")
+    elif isinstance(value, list):
+        for i, below in enumerate(value):
+            yield from figures(below, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def shown(value: float, text: str) -> bool:
+    """As a figure of its own, not as digits of another."""
+    forms = {report._number(value), f"{100 * value:.1f} %"}
+    return any(re.search(rf"(?<![\d.,]){re.escape(form)}(?!\d)", text) for form in forms)
+
+
+# The page
+
+
+@pytest.mark.parametrize("n_layers", [1, 3, 40])
+def test_every_figure_of_metrics_json_is_shown_on_the_page(folders, n_layers: int):
+    page = Page((folders[n_layers] / "report.html").read_text())
+    metrics = json.loads((folders[n_layers] / "metrics.json").read_text())
+    assert metrics == content(n_layers)["metrics"]
+    missing = [name for name, value in figures(metrics) if not shown(value, page.text)]
+    assert missing == []
+
+
+def test_the_check_above_would_miss_a_figure_that_is_not_there(page: Page):
+    other = content(n_layers=9)["metrics"]["layers"]["8"]
+    assert not any(shown(value, page.text) for _, value in figures(other))
+
+
+def test_the_page_needs_nothing_beside_it(page: Page, html: str):
+    assert not {"http", "//", "@import"} & set(re.findall("http|//|@import", html))
+    assert not {"script", "iframe", "object", "embed", "img"} & {tag for tag, _ in page.tags}
+    links = page.attributes("href", "src", "srcset", "xlink:href", "data", "action")
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_every_reference_in_the_pictures_has_one_meaning(html: str):
+    used = set(re.findall(r"(?:url\(|href=\")#([^\")]+)", html))
+    defined = re.findall(r"<(\w+)[^>]*? id=\"([^\"]+)\"([^>]*>.*?)(?=<)", html, re.DOTALL)
+    assert used and used <= {name for _, name, _ in defined}
+    meanings: dict[str, set[str]] = {}
+    for tag, name, body in defined:
+        meanings.setdefault(name, set()).add(tag + body)
+    assert {name for name, bodies in meanings.items() if len(bodies) > 1} == set()
+
+
+def test_every_picture_has_words_and_takes_the_pages_colour(page: Page, html: str):
+    labels = [a.get("aria-label") for tag, a in page.tags if a.get("role") == "img"]
+    assert len(labels) == 5 and all(labels)
+    assert [tag for tag, _ in page.tags].count("svg") == 5
+    assert report.INK not in html and "currentColor" in html
+    assert {"perplexity", "cosine_sim", "relative_mse", "step", "expert"} <= set(
+        page.pictures.split()
+    )
+
+
+def test_what_is_written_on_the_page_is_text_and_not_html(tmp_path: Path):
+    given = content()
+    places = ("name", "dense", "sparse", "value", "key", "version", "fingerprint")
+    marked = {place: SCRIPT.replace("x", place) for place in places}
+    given["name"] = marked["name"]
+    given["samples"] = {side: marked[side] for side in ("dense", "sparse")}
+    manifest = given["manifests"]["convert"]
+    manifest["settings"] |= {"data.files": [marked["value"]], marked["key"]: 1}
+    manifest["versions"]["torch"] = marked["version"]
+    manifest["fingerprint"] = marked["fingerprint"]
+    page = written(tmp_path, given)
+    assert "script" not in {tag for tag, _ in page.tags}
+    in_json = json.loads(re.search(r"(\[\S*alert[^]]*\])", page.text)[1])  # type: ignore[index]
+    assert in_json == [marked.pop("value")]
+    assert all(text in page.text for text in marked.values())
+
+
+def test_the_page_shows_settings_samples_origin_and_sizes(page: Page):
+    text = page.text
+    for expected in ("owner/model", "abc123", '["a.txt"]', "null", "convert.tolerance"):
+        assert expected in text
+    for expected in ("Return the list.", "Return the tuple.", "9.8.7", "dense0123", "mixtral"):
+        assert expected in text
+    for split in content()["tokens"].values():
+        assert all(shown(split[key], text) for key in ("tokens", "bytes", "budget"))
+    assert shown(4096, text) and shown(1024, text)
+    assert shown(2.0 * 1024 / 4096 + 4 / (3 * 4096), text)  # active_parameters over the dense FFN's
+
+
+def test_more_parameters_than_the_dense_model_are_said_and_fewer_are_not(
+    page: Page, tmp_path: Path
+):
+    assert "not memory" in page.text
+    given = content()
+    given["metrics"]["sparse"]["parameters"]["total"] = 34_976_122
+    assert "not memory" not in written(tmp_path, given).text
+
+
+def test_null_figures_are_shown_as_a_dash_with_their_reason(tmp_path: Path):
+    given = content()
+    null = {"relative_mse": None, "cosine_sim": None, "null_because": "it is zero <b>"}
+    given["metrics"]["layers"]["1"] |= null | {"cosine_sim_p5": None, "first_token": null}
+    page = written(tmp_path, given)
+    assert "Layer 1 has no relative error and no cosine: it is zero <b>." in page.text
+    assert "Layer 0 has no" not in page.text
+    assert page.text.count("\u2013") == 5
+    assert "NaN" not in "".join(content.decode() for content in files(tmp_path).values())
+    rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
+    assert rows[1]["relative_mse"] == rows[1]["cosine_sim"] == ""
+    assert "1: \u2013" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_conversion_whose_every_layer_is_null_has_a_report(tmp_path: Path):
+    given = content(n_layers=1)
+    null = {"relative_mse": None, "cosine_sim": None, "null_because": "zero"}
+    given["metrics"]["layers"]["0"] |= null | {"cosine_sim_p5": None, "first_token": null}
+    for name in ("cosine_sim", "relative_mse"):
+        given["metrics"][name] = {"mean": None, "worst": None}
+    assert "worst layer \u2013" in written(tmp_path, given).text
+
+
+@pytest.mark.parametrize("n_layers", [8, 40])
+def test_layers_are_named_up_to_eight_and_shaded_beyond(n_layers: int):
+    pictures = report.pictures(content(n_layers))
+    named = re.findall(r"layer \d+", pictures["training"])
+    assert len(set(named)) == (n_layers if n_layers <= 8 else 0)
+    heights = {k: float(re.search(r'height="([\d.]+)pt"', p)[1]) for k, p in pictures.items()}  # type: ignore
+    assert max(heights.values()) < 400
+
+
+def test_layers_may_have_unlike_numbers_of_experts_and_an_untrained_history(tmp_path: Path):
+    given = content(n_layers=2, n_experts=4)
+    wider = content(n_layers=1, n_experts=7)
+    given["metrics"]["layers"]["1"] = wider["metrics"]["layers"]["0"]
+    given["history"] = {k: rows[:1] for k, rows in given["history"].items()}
+    page = written(tmp_path, given)
+    missing = [n for n, v in figures(given["metrics"]) if not shown(v, page.text)]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1234567, "1,234,567"),
+        (0, "0"),
+        (12.3456, "12.346"),
+        (1.0, "1.000"),
+        (0.5, "0.5000"),
+        (-0.0123, "-0.01230"),
+        (0.0, "0.000"),
+        (5.28e-5, "5.28e-05"),
+        (123456.7, "1.23e+05"),
+        (None, "\u2013"),
+    ],
+)
+def test_numbers_are_written_with_four_figures_and_integers_whole(value, expected: str):
+    assert report._number(value) == expected
+
+
+# Beside the page
+
+
+def test_write_gives_these_files_and_the_same_bytes_in_any_process(folder: Path, tmp_path: Path):
+    expected = files(folder)
+    assert expected.keys() == FILES
+    code = "import sys, pathlib, test_report as t; t.written(pathlib.Path(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        env=os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        check=True,
+    )
+    assert files(tmp_path) == expected
+    written(tmp_path)
+    assert files(tmp_path) == expected
+
+
+def test_another_figure_gives_other_bytes(folder: Path, tmp_path: Path):
+    given = content()
+    given["metrics"]["layers"]["2"]["cosine_sim"] = 0.123456
+    written(tmp_path, given)
+    before, after = files(folder), files(tmp_path)
+    assert {name for name in FILES if before[name] == after[name]} == {"history.csv", "README.md"}
+
+
+def test_tables_of_layers_agree_with_metrics(folders):
+    folder = folders[40]
+    layers = json.loads((folder / "metrics.json").read_text())["layers"]
+    table = list(csv.DictReader((folder / "layers.csv").open()))
+    rows = json.loads((folder / "layers.json").read_text())
+    assert [int(row["layer"]) for row in table] == [row["layer"] for row in rows] == [*range(40)]
+    for row, text in zip(rows, table, strict=True):
+        of = layers[str(row["layer"])]
+        expected = {name: of[name] for name in ("mse", "relative_mse", "cosine_sim")}
+        expected |= {"cosine_sim_p5": of["cosine_sim_p5"], "layer": row["layer"]}
+        expected |= {f"first_token_{name}": value for name, value in of["first_token"].items()}
+        expected |= {name: value for name, value in of["routing"].items() if name != "load"}
+        assert row == expected
+        assert {name: float(value) for name, value in text.items()} == expected
+
+
+def test_history_csv_holds_every_validation_of_every_layer(folder: Path):
+    table = list(csv.DictReader((folder / "history.csv").open()))
+    found = [{name: float(value) for name, value in row.items() if value} for row in table]
+    expected = [{"layer": k, **row} for k, of in content()["history"].items() for row in of]
+    assert found == expected
+
+
+def test_model_card_has_a_front_matter_the_figures_and_the_configuration(folder: Path):
+    card, metrics = (folder / "README.md").read_text(), content()["metrics"]
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert "AutoModelForCausalLM.from_pretrained" in body and "owner/model at abc123" in body
+    for side in ("dense", "sparse"):
+        assert all(shown(value, body) for value in metrics[side]["perplexity"].values())
+    for name in ("kl", "cosine_sim", "sparse"):
+        values = metrics[name]["parameters"] if name == "sparse" else metrics[name]
+        assert all(shown(v, body) for key, v in values.items() if key != "p99"), name
+    for name in ("top1_agreement", "active_ffn_fraction"):
+        assert shown(metrics[name], body), name
+    assert shown(metrics["dense"]["parameters"], body) and "convert0123" in body
+    block = re.search(r"```yaml\n(.*?)```", body, re.DOTALL)
+    assert block
+    settings = {k: v for m in content()["manifests"].values() for k, v in m["settings"].items()}
+    assert yaml.safe_load(block[1]) == settings
+
+
+def test_summary_has_the_figures_that_decide(folder: Path):
+    summary, metrics = (folder / "summary.txt").read_text(), content()["metrics"]
+    for text in ("heldout", "shifted"):
+        (line,) = [line for line in summary.splitlines() if line.startswith(f"perplexity {text}")]
+        found = [float(word) for word in line.split()[2:]]
+        sides = [metrics[side]["perplexity"][text] for side in ("dense", "sparse")]
+        assert found == pytest.approx([*sides, metrics["perplexity_ratio"][text]], abs=0.01)
+    for name in ("active_ffn_fraction", "active_flops_fraction"):
+        assert shown(metrics[name], summary)
+    assert all(shown(v, summary) for v in metrics["sparse"]["parameters"].values())
+    assert shown(metrics["dense"]["parameters"], summary)
+    for k, layer in metrics["layers"].items():
+        assert f"{k}: {report._number(layer['cosine_sim'])}" in summary
+    assert "3 layers, mixtral" in summary and "report.html" in summary
