@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import dense, hosts, reload
 from pipeline.errors import ArtifactError, ConfigError, InputError
-from pipeline.layers import load_layer
+from pipeline.layers import layer_folders, load_layer
 from pipeline.moe import SparseMoE
 from pipeline.record import check_layers
 
@@ -57,23 +57,9 @@ def convert_to_sparse(
     return dense_model
 
 
-def layer_folders(folder: Path) -> dict[int, Path]:
-    """Every `layer_K` in `folder`, by K; `InputError` when there is none."""
-    named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
-    found = {int(k): p for k, p in named.items() if k.isdigit()}
-    if not found:
-        raise InputError(
-            "There are no trained layers.",
-            value=folder.absolute(),
-            rule="a folder that holds layer_0, layer_1, ...",
-            remedy="name the folder that `train` wrote, stages/train",
-        )
-    return dict(sorted(found.items()))
-
-
 def assemble(
     source: str,
-    layer_folders: Mapping[int, Path],
+    folders: Mapping[int, Path],
     folder: Path,
     *,
     device: torch.device,
@@ -97,7 +83,7 @@ def assemble(
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = dense.load_model(source, dtype=dtype, device=device, device_map=device_map, **loading)
     described = dense.describe(model)
-    read = {k: load_layer(path) for k, path in layer_folders.items()}
+    read = {k: load_layer(path) for k, path in folders.items()}
     host = _host({k: record["host"] for k, (_, record) in read.items()})
     shapes = {k: moe.shape for k, (moe, _) in read.items()}
     refusal = hosts.can_host(host, described, shapes)

@@ -333,6 +333,8 @@ def validate(cfg: Config) -> None:
             rule="either model.id names a model, or model.embedded says how to train one",
             remedy="choose model=tiny, or model=pretrained model.id=<hub id or folder>",
         )
+    if cfg.model.embedded:
+        _check_heads(cfg.model.embedded)
     _check_source(cfg.data)
     if cfg.convert.dense or cfg.convert.layers or cfg.convert.output:
         raise ConfigError(
@@ -363,6 +365,18 @@ def _check_layers(layers: list[int]) -> None:
             value=layers,
             rule="at least one index, none twice, counted from 0",
             remedy="list each layer to convert once, for example model.layers=[0,1,2,3]",
+        )
+
+
+def _check_heads(model: EmbeddedModelConfig) -> None:
+    if model.d_model % (2 * model.n_heads) or model.n_heads % model.n_kv_heads:
+        raise ConfigError(
+            "The sizes of the embedded model do not divide.",
+            value=f"model.embedded.d_model={model.d_model}, n_heads={model.n_heads}, "
+            f"n_kv_heads={model.n_kv_heads}",
+            rule="d_model is n_heads times an even number, and n_heads a multiple of n_kv_heads",
+            remedy=f"for example model.embedded.d_model={64 * model.n_heads} "
+            f"model.embedded.n_kv_heads={model.n_heads}",
         )
 
 

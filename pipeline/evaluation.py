@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import corpus, workdir
 from pipeline.config import EvaluateConfig
-from pipeline.errors import ArtifactError, InputError
-from pipeline.layers import load_layer, read_history
+from pipeline.errors import ArtifactError
+from pipeline.layers import layer_folders, load_layer, read_history
 from pipeline.moe import SparseMoE
 from pipeline.router import routing_statistics
 from pipeline.runtime import Progress, silent
@@ -53,15 +53,7 @@ def evaluate(
     """
     folder, captured = Path(layers_folder), Path(capture_folder)
     if layers is None:
-        names = (p.name.removeprefix("layer_") for p in folder.glob("layer_*"))
-        layers = sorted(int(name) for name in names if name.isdigit())
-    if not layers:
-        raise InputError(
-            "There are no trained layers to evaluate.",
-            value=folder.absolute(),
-            rule="a folder that holds layer_0, layer_1, ...",
-            remedy="name the folder that `train` wrote, stages/train",
-        )
+        layers = list(layer_folders(folder))
     return {
         k: layer_metrics(
             load_layer(folder / f"layer_{k}")[0].to(device),

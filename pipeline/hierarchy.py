@@ -113,8 +113,10 @@ def write_rows(
         The shard's path below `root`, with its size, its crc32c and those of its chunks.
     """
     store = _DurableStore(root, chunks_per_shard)
-    # A chunk of zeros is data: only what is damaged may be absent.
-    opened = zarr.open_array(store, path=array, mode="r+", config={"write_empty_chunks": True})
+    # A chunk of zeros is data: only what is damaged may be absent. (`open_array(config=...)` is
+    # ignored for an array that exists.)
+    opened = zarr.open_array(store, path=array, mode="r+")
+    opened = opened.with_config({"write_empty_chunks": True})
     opened[start : start + len(rows)] = _to_numpy(rows)
     assert store.described, "zarr's default pipeline writes through the store"
     fsync_folder(root / array)

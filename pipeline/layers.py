@@ -14,11 +14,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import workdir
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, InputError
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
 WEIGHTS, CONFIG, HISTORY = "layer.safetensors", "config.json", "history.csv"
+
+
+def layer_folders(folder: Path) -> dict[int, Path]:
+    """Every `layer_K` in `folder`, by K; `InputError` when there is none."""
+    named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
+    found = {int(k): p for k, p in named.items() if k.isdigit()}
+    if not found:
+        raise InputError(
+            "There are no trained layers.",
+            value=folder.absolute(),
+            rule="a folder that holds layer_0, layer_1, ...",
+            remedy="name the folder that `train` wrote, stages/train",
+        )
+    return dict(sorted(found.items()))
 
 
 def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:

@@ -89,6 +89,8 @@ def train(
         )
     progress(cfg.max_steps, cfg.max_steps, f"stopped at {run.step}, best {run.best_step}")
     model.load_state_dict(run.best)
+    assert model.generation_config
+    model.generation_config.pad_token_id = model.config.eos_token_id  # type: ignore
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path.unlink(missing_ok=True)
@@ -124,7 +126,7 @@ def build(cfg: EmbeddedModelConfig, tokenizer: "PreTrainedTokenizerFast") -> "Ll
         tie_word_embeddings=True,
         bos_token_id=end,
         eos_token_id=end,
-        pad_token_id=end,
+        pad_token_id=None,  # it would have no embedding, and it begins every document
     )
     # At these sizes a training step's fused attention takes 4 times as long on a CPU.
     return LlamaForCausalLM._from_config(config, attn_implementation="eager")

@@ -51,7 +51,8 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `metrics.json`, `report.html`, `README.md` (the model card), `summary.txt`, tables.
 
     Args:
-        content: `name`, `manifests` (by artefact), and all that `evaluation.measure` returns.
+        content: `name`, `settings` (of the evaluation), `manifests` (by artefact), and all that
+            `evaluation.measure` returns.
     """
     rows = layer_rows(content["metrics"]["layers"])
     shown = {**content, **_derived(content), "layer_rows": rows}
@@ -83,7 +84,7 @@ def _environment(autoescape: bool) -> Environment:
 def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
     """What the pages show of the layers' records and of the artefacts' manifests."""
     layers, manifests = content["layers"], content["manifests"]
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(content["settings"])
     for manifest in manifests.values():
         settings |= manifest["settings"]
     return {

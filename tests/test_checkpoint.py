@@ -37,7 +37,7 @@ from pipeline.config import (
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.experts import start_experts
 from pipeline.ffn import DenseFFN
-from pipeline.layers import save_layer
+from pipeline.layers import layer_folders, save_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 from pipeline.stages import convert
@@ -108,7 +108,7 @@ class Folders:
     sparse: Path
 
     def layer_folders(self) -> dict[int, Path]:
-        return checkpoint.layer_folders(self.layers)
+        return layer_folders(self.layers)
 
 
 def tokenizer() -> tf.PreTrainedTokenizerFast:
@@ -495,7 +495,7 @@ def test_convert_to_sparse_refuses_a_damaged_layer_by_name(
 def test_layer_folders_are_in_order_of_their_index_and_pass_over_the_rest(tmp_path: Path):
     for name in ("layer_10", "layer_9", "layer_x", "healed", "layer_"):
         (tmp_path / name).mkdir()
-    assert list(checkpoint.layer_folders(tmp_path).items()) == [
+    assert list(layer_folders(tmp_path).items()) == [
         (9, tmp_path / "layer_9"),
         (10, tmp_path / "layer_10"),
     ]
@@ -514,7 +514,7 @@ def test_assemble_refuses_layers_trained_for_different_hosts(prepared: Folders, 
     shutil.copytree(prepared.layers, tmp_path / "layers")
     path = tmp_path / "layers/layer_1/config.json"
     workdir.write_json(path, workdir.read_json(path) | {"host": "another"})
-    layers = checkpoint.layer_folders(tmp_path / "layers")
+    layers = layer_folders(tmp_path / "layers")
     refused(prepared, layers, InputError, "layer 0: mixtral, layer 1: another")
 
 
@@ -539,7 +539,7 @@ def test_assemble_refuses_layers_of_another_model(prepared: Folders, tmp_path: P
 def test_assemble_refuses_a_damaged_layer(prepared: Folders, tmp_path: Path):
     shutil.copytree(prepared.layers, tmp_path / "layers")
     cut(tmp_path / "layers" / "layer_0")
-    layers = checkpoint.layer_folders(tmp_path / "layers")
+    layers = layer_folders(tmp_path / "layers")
     refused(prepared, layers, ArtifactError, "layer_0")
 
 

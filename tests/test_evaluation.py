@@ -205,10 +205,9 @@ def test_evaluate_of_some_layers_gives_those(two_layers: tuple[Path, Path]):
     assert list(pipeline.evaluate(*two_layers, layers=[10])) == [10]
 
 
-@pytest.mark.parametrize("layers", [None, []])
-def test_evaluate_of_no_layers_is_refused(tmp_path: Path, layers: list[int] | None):
+def test_evaluate_of_a_folder_without_layers_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no trained layers"):
-        pipeline.evaluate(tmp_path, tmp_path, layers)
+        pipeline.evaluate(tmp_path, tmp_path)
 
 
 # The whole model

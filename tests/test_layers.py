@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_start import D, F, dense_ffn, plan_of
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, InputError
 from pipeline.layers import (
     CONFIG,
     HISTORY,
     WEIGHTS,
+    layer_folders,
     load_layer,
     read_history,
     save_layer,
@@ -154,3 +155,17 @@ def test_history_of_the_start_alone_is_one_row(tmp_path):
     rows = [{"step": 0, "validation_loss": 0.5}]
     write_history(tmp_path, rows)
     assert read_history(tmp_path) == rows
+
+
+def test_layer_folders_are_found_by_their_number_and_in_its_order(tmp_path):
+    for name in ("layer_10", "layer_2", "layer_x", "other_1"):
+        (tmp_path / name).mkdir()
+    assert list(layer_folders(tmp_path).items()) == [
+        (2, tmp_path / "layer_2"),
+        (10, tmp_path / "layer_10"),
+    ]
+
+
+def test_folder_without_layers_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no trained layers"):
+        layer_folders(tmp_path)

@@ -88,7 +88,7 @@ def test_training_goes_on_and_does_not_begin_again(stored, undisturbed, tmp_path
 
 def test_best_state_from_before_the_kill_is_kept(stored, tmp_path):
     """Where the learning rate grows past what is stable, nothing after the kill is better."""
-    growing = {"learning_rate": 0.6, "warmup_steps": 64, "schedule": Schedule.constant}
+    growing = {"learning_rate": 1.0, "warmup_steps": 400, "schedule": Schedule.constant}
     fit(stored, tmp_path / "undisturbed", **LENGTH, **growing)
     best = load_layer(tmp_path / "undisturbed")[1]["training"]["best_step"]
     assert 0 < best < 21

@@ -176,7 +176,7 @@ def test_training_keeps_the_best_state_and_not_the_last(stored, tmp_path):
     assert relative_mse == pytest.approx(column(tmp_path, "validation_relative_mse")[best])
 
 
-@pytest.mark.parametrize("value", [-0.0, 0.3])
+@pytest.mark.parametrize("value", [0.0, 0.3])
 @pytest.mark.parametrize("normalize_mse", [True, False])
 def test_training_on_a_constant_target_stays_finite(tmp_path, value, normalize_mse):
     """Its variance is zero, and in the first case its norm as well."""
@@ -280,10 +280,10 @@ def test_order_of_the_rows_depends_on_seed_and_epoch(stored, tmp_path):
     assert sum(one[:16]) / 16 == pytest.approx(sum(two[16:]) / 16, rel=0.02)
 
 
-def test_grad_clip_of_zero_clips_nothing(stored, plain, tmp_path):
+def test_grad_clip_of_zero_clips_nothing(stored, tmp_path):
     for grad_clip in (0.0, 1e6):
         fit(stored, tmp_path / str(grad_clip), grad_clip=grad_clip)
-    assert weights(tmp_path / "0.0") == weights(tmp_path / "1000000.0") != weights(plain)
+    assert weights(tmp_path / "0.0") == weights(tmp_path / "1000000.0")
 
 
 def test_evaluate_every_sets_the_rows_of_the_history_and_no_weight(stored, tmp_path):

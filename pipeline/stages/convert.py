@@ -77,8 +77,9 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     source, output = cfg.dense, Path(cfg.output).absolute()
     _check_output(output)
     from pipeline import checkpoint
+    from pipeline.layers import layer_folders
 
-    folders = checkpoint.layer_folders(Path(cfg.layers))
+    folders = layer_folders(Path(cfg.layers))
 
     def compute(folder: Path) -> None:
         checkpoint.assemble(

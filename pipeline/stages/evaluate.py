@@ -41,6 +41,7 @@ def run(cfg: Config) -> None:
 
     layers = final_layers(cfg.model.layers)
     stores = {k: LayerReader(CAPTURE / f"layer_{k}.zarr") for k in layers}
+    settings = select(cfg, PARAMS)
     parts = {"dense": DENSE, "tokens": TOKENS, "budget": BUDGET, "convert": CONVERT}
     parts |= {f"layer_{k}": path for k, path in layers.items()}
 
@@ -75,12 +76,15 @@ def run(cfg: Config) -> None:
             name: workdir.read_json(path / workdir.MANIFEST)
             for name, path in (parts | {"capture": CAPTURE}).items()
         }
-        report.write(folder, {"name": cfg.model.name, "manifests": manifests, **measured})
+        report.write(
+            folder,
+            {"name": cfg.model.name, "settings": settings, "manifests": manifests, **measured},
+        )
 
     workdir.produce(
         EVALUATE,
         module="pipeline.stages.evaluate",
-        settings=select(cfg, PARAMS),
+        settings=settings,
         inputs={name: workdir.digest(path) for name, path in parts.items()}
         | {f"store_{k}": store.digest() for k, store in stores.items()}
         | {path.name: workdir.file_digest(path) for path in sorted(TEMPLATES.iterdir())},
