@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check format clean
+.PHONY: help demo test test-demo test-quick check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: .venv/ready ## dense model, capture, training, sparse checkpoint and repor
 
 test: .venv/ready ## every test, the slow ones too
 	$(BIN)/python -m pytest -q
+
+test-demo: .venv/ready ## what the last demo must have reached
+	$(BIN)/python -m pytest -q tests/after_demo.py
 
 test-quick: .venv/ready ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m 'not slow'

@@ -65,7 +65,7 @@ def capture_activations(
     unwritten = list(_unwritten(writers, blocks))
     total = sum(b.numel() for b in blocks.values())
     done = total - sum(sequences.numel() for _, _, sequences, _ in unwritten)
-    progress(done, total, "tokens")
+    progress(done, total, "")
     for split, k, sequences, missing in unwritten:
         with record_ffn({layer: slots[layer].module for layer in missing}) as recorded:
             kept = _run(model, sequences.split(cfg.batch_size), recorded, dtype)
@@ -73,7 +73,7 @@ def capture_activations(
             ffn_input, ffn_output = (torch.cat(side) for side in zip(*pairs, strict=True))
             missing[layer].write_shard(split, k, ffn_input, ffn_output)
         done += sequences.numel()
-        progress(done, total, f"tokens ({split})")
+        progress(done, total, split)
     for layer in layers:
         LayerReader(folder / f"layer_{layer}.zarr")
 

@@ -153,7 +153,7 @@ def compare_on_text(
             kls.append((dense_TV.exp() * (dense_TV - sparse_TV)).sum(dim=-1))
             agreed += int((dense_TV.argmax(-1) == sparse_TV.argmax(-1)).sum())
         done += batch.numel()
-        progress(done, blocks.numel(), "tokens")
+        progress(done, blocks.numel(), "")
     predicted = len(blocks) * (blocks.shape[1] - 1)
     predicted_bytes = text_bytes * predicted / blocks.numel()
     d, s = (float(value) for value in (loss / predicted).exp())

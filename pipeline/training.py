@@ -88,10 +88,10 @@ def train_layer(
         terms = _step(fit, objective, ffn_input.to(device), ffn_output.to(device), total)
         if fit.step % cfg.evaluate_every == 0 or fit.step == total:
             _validate(fit, objective, terms)
-            progress(fit.step, total, _note(fit))
         if fit.step % cfg.checkpoint_every == 0:
             _check_finite(fit.step, terms)
             _save(fit, folder / resume.CHECKPOINT)
+        progress(fit.step, total, _note(fit))
     return _finish(fit, plan, total, folder)
 
 
@@ -228,7 +228,7 @@ def _check_finite(step: int, row: Mapping[str, Tensor | float]) -> None:
 def _note(fit: Fit) -> str:
     last = fit.history[-1]
     cosine = f"validation cosine {last['validation_cosine_sim']:.4f}"
-    return f"loss {last['loss']:.4f}, {cosine}"
+    return f"loss {last['loss']:.4f}, {cosine}" if "loss" in last else cosine
 
 
 def _copy(moe: SparseMoE) -> dict[str, Tensor]:

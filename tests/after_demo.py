@@ -1,0 +1,37 @@
+"""What the demo must reach; `make test-demo` runs this on the figures of the last `make demo`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def metrics() -> dict:
+    assert (PROJECT / "stages/evaluate/metrics.json").is_file(), "run `make demo` first"
+    return json.loads((PROJECT / "stages/evaluate/metrics.json").read_text())
+
+
+def test_the_dense_model_has_learned_english(metrics: dict):
+    """Trained for far less, its FFNs are nearly linear, and any conversion looks good."""
+    assert metrics["dense"]["perplexity"]["heldout"] < 75
+
+
+def test_half_of_the_neurons_run_at_no_more_than_twice_the_ffn_parameters(metrics: dict):
+    shapes = [
+        json.loads((PROJECT / f"stages/budget/layer_{k}.json").read_text())["shape"]
+        for k in metrics["layers"]
+    ]
+    assert metrics["active_ffn_fraction"] == 0.5
+    assert all(s["n_experts"] * s["d_ff_expert"] <= 2 * s["d_ff"] for s in shapes)
+
+
+def test_the_default_recipe_stays_near_the_dense_model(metrics: dict):
+    assert metrics["perplexity_ratio"]["heldout"] <= 1.10
+    assert metrics["cosine_sim"]["mean"] > 0.93
+
+
+def test_no_expert_is_dead(metrics: dict):
+    assert [layer["routing"]["dead_experts"] for layer in metrics["layers"].values()] == [0] * 4
