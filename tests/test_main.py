@@ -1,0 +1,111 @@
+"""The tools beside the stages."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers as tf
+import yaml
+
+from pipeline import workdir
+from pipeline.__main__ import main
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "llama": tf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2),
+    "gpt2": tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+    "mixtral": tf.MixtralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2),
+}
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def model(tmp_path: Path, family: str) -> str:
+    """Only a configuration: `inspect` needs neither weights nor a tokenizer."""
+    MODELS[family].save_pretrained(tmp_path / family)
+    return str(tmp_path / family)
+
+
+def test_inspect_prints_only_json_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("inspect", model(tmp_path, "llama"), "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["family"], described["d_model"], len(described["layers"])) == ("llama", 32, 2)
+    assert described["hosts"] == {"mixtral": "yes"}
+
+
+def test_inspect_prints_an_entry_for_conf_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = model(tmp_path, "llama")
+    assert run("inspect", path) == 0
+    _, _, entry = capsys.readouterr().out.partition("conf/model/:")
+    given = yaml.safe_load(
+        (Path(__file__).parent.parent / "conf/model/pretrained.yaml").read_text()
+    )
+    assert yaml.safe_load(entry) == given | {"name": "llama", "id": path, "layers": [0, 1]}
+
+
+def test_inspect_says_why_no_host_can_hold_a_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("inspect", model(tmp_path, "gpt2")) == 0
+    assert "mixtral: it holds llama, mistral, and this is gpt2" in capsys.readouterr().out
+
+
+def test_inspect_refuses_what_is_sparse_already_and_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("inspect", model(tmp_path, "mixtral"), "--json") == 3
+    ended = capsys.readouterr()
+    assert ended.out == "" and "already sparse" in ended.err
+    assert run("inspect", str(tmp_path / "nothing")) == 3
+
+
+def test_verify_ends_with_5_and_names_the_damaged_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("whole", "damaged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("content")
+        workdir.write_manifest(tmp_path / name, {})
+    assert run("verify", str(tmp_path)) == 0
+    (tmp_path / "damaged" / "a.txt").write_text("contenT")
+    assert run("verify", str(tmp_path)) == 5
+    said = capsys.readouterr()
+    assert str(tmp_path / "damaged" / "a.txt") in said.out and "1 of 2" in said.err
+
+
+def test_verify_of_a_folder_without_artefacts_is_refused(tmp_path: Path):
+    assert run("verify", str(tmp_path)) == 5
+
+
+def test_compose_prints_every_setting_and_leaves_params_yaml(
+    project: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = (project / "params.yaml").read_text()
+    assert run("compose", "--print", "moe.n_experts=32") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == yaml.safe_load(before) | {"moe": printed["moe"]}
+    assert printed["moe"]["n_experts"] == 32 and (project / "params.yaml").read_text() == before
+
+
+def test_compose_writes_params_yaml_from_conf_and_takes_no_overrides(project: Path):
+    entry = project / "conf/moe/half.yaml"
+    entry.write_text(entry.read_text().replace("init_noise: 0.01", "init_noise: 0.02"))
+    assert run("compose", "moe.n_experts=32") == 2
+    assert run("compose") == 0
+    assert yaml.safe_load((project / "params.yaml").read_text())["moe"]["init_noise"] == 0.02
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_has_examples_and_the_version_is_told(flag: str, capsys: pytest.CaptureFixture[str]):
+    assert run(flag) == 0
+    said = capsys.readouterr().out
+    assert said.strip() == "0.1.0" if flag == "--version" else "python -m pipeline inspect" in said
+
+
+def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
+    assert run("verify", "--quietly") == 2
+    assert "--quietly" in capsys.readouterr().err
