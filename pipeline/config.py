@@ -74,7 +74,7 @@ class Kernel(Enum):
 
 class Schedule(Enum):
     constant = "constant"  # after the warm-up, the seed's
-    cosine = "cosine"  # down to zero at the last step
+    cosine = "cosine"  # down to nearly zero at the last step
 
 
 @dataclass
@@ -179,7 +179,7 @@ class TrainConfig:
     weight_decay: float = MISSING
     warmup_steps: int = MISSING
     schedule: Schedule = MISSING
-    grad_clip: float = MISSING  # largest global gradient norm
+    grad_clip: float = MISSING  # largest global gradient norm; 0 = no clipping
     normalize_mse: bool = (
         MISSING  # divide by the variance of the target; false = the seed's formula
     )
@@ -218,7 +218,7 @@ class RuntimeConfig:
     """How, not what: none of these belongs to a fingerprint."""
 
     device: Device = Device.auto
-    threads: int | None = None  # of torch on the CPU; null = one per physical core
+    threads: int | None = None  # of torch on the CPU; null = every core that it may use
     lock_wait_s: float = 600.0  # seconds to wait for another run on the same output
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pipeline.errors import ArtifactError
 
 CHECKPOINT = "checkpoint.safetensors"
 OPTIMIZER = "optimizer"
@@ -36,18 +38,31 @@ def save(
 def restore(
     path: Path, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The states and values that `save` was given; the optimizer is set to its moments."""
+    """The states and values that `save` was given; the optimizer is set to its moments.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     moments: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            state, _, key = name.partition("/")
-            if state == OPTIMIZER:
-                index, moment = key.split("/")
-                moments.setdefault(int(index), {})[moment] = file.get_tensor(name)
-            else:
-                states.setdefault(state, {})[key] = file.get_tensor(name)
-        kept = json.loads(file.metadata()["kept"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kept = json.loads(file.metadata()["kept"])
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            "A checkpoint to continue from is damaged.",
+            value=f"{path.absolute()}: {error}",
+            rule="a whole safetensors file, as this command wrote it",
+            remedy="remove the file and run the same command again: it begins anew",
+        ) from None
+    for name, tensor in tensors.items():
+        state, _, key = name.partition("/")
+        if state == OPTIMIZER:
+            index, moment = key.split("/")
+            moments.setdefault(int(index), {})[moment] = tensor
+        else:
+            states.setdefault(state, {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return states, kept

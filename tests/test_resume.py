@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline import resume
 from pipeline.config import Schedule
+from pipeline.errors import ArtifactError
 from pipeline.layers import load_layer
 from pipeline.resume import CHECKPOINT
 
@@ -199,5 +200,17 @@ def test_half_written_checkpoint_is_not_taken_for_one(stored, undisturbed, tmp_p
     stream, wanted = undisturbed
     kill(stored, tmp_path, AT_AN_EPOCH, stream=stream)
     (tmp_path / CHECKPOINT).with_suffix(".partial").write_bytes(b"half")
+    fit(stored, tmp_path, stream=stream, **LENGTH)
+    assert files(tmp_path) == wanted
+
+
+def test_truncated_checkpoint_is_refused_and_can_be_removed(stored, undisturbed, tmp_path):
+    stream, wanted = undisturbed
+    kill(stored, tmp_path, LATE, stream=stream)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match="begins anew"):
+        fit(stored, tmp_path, stream=stream, **LENGTH)
+    (tmp_path / CHECKPOINT).unlink()
     fit(stored, tmp_path, stream=stream, **LENGTH)
     assert files(tmp_path) == wanted
