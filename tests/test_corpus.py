@@ -311,3 +311,26 @@ def test_write_blocks_of_files_reads_only_what_the_budget_needs(tokenizer, tmp_p
     for name in ("train", "validation", "heldout", "shifted"):
         first, second = (corpus.read_blocks(tmp_path / x, name) for x in "ab")
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_documents_are_those_of_the_subset_the_split_and_the_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+):
+    """On a folder laid out as a dataset of the hub is, with two subsets of two splits."""
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, entries = tmp_path / "dataset", []
+    folder.mkdir()
+    for subset in ("a", "b"):
+        entries.append(f"- config_name: {subset}\n  data_files:")
+        for part in ("train", "test"):
+            row = {"said": f"{subset} {part}", "text": "another column"}
+            (folder / f"{subset}_{part}.jsonl").write_text(json.dumps(row) + "\n")
+            entries.append(f"  - {{split: {part}, path: {subset}_{part}.jsonl}}")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(entries) + "\n---\n")
+    for subset, part in (("a", "train"), ("b", "test")):
+        asked = {"dataset": str(folder), "subset": subset, "split": part, "streaming": streaming}
+        cfg = data_config(DataSource.hub, text_column="said", **asked)
+        assert [document.text for document in hub_documents(cfg)] == [f"{subset} {part}"]
