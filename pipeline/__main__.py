@@ -4,6 +4,7 @@ python -m pipeline compose                         conf/ -> params.yaml
 python -m pipeline compose --print moe.n_experts=8 the whole configuration with its values
 python -m pipeline inspect HuggingFaceTB/SmolLM2-135M
 python -m pipeline inspect ./my-model --json
+python -m pipeline inspect ./my-model --layers '*.1?.mlp' 0      only some layers
 python -m pipeline verify stages                   re-hash every artefact below a folder
 """
 
@@ -35,7 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     tool.add_argument("model", help="hub id or local folder")
     tool.add_argument("--json", action="store_true", help="only JSON on stdout")
     tool.add_argument("--revision", help="commit of the hub")
-    tool.set_defaults(act=lambda a: _inspect(a.model, a.revision, a.json))
+    tool.add_argument(
+        "--layers", nargs="+", metavar="K|PATTERN", help="indices, or patterns over the FFNs' paths"
+    )
+    tool.set_defaults(act=lambda a: _inspect(a.model, a.revision, a.json, a.layers))
 
     tool = tools.add_parser("verify", help="re-hash every artefact below a folder")
     tool.add_argument("folder", nargs="?", type=Path, default=Path("stages"))
@@ -68,18 +72,23 @@ def _compose(overrides: list[str], to_stdout: bool) -> None:
         print(f"wrote {compose.PARAMS}")
 
 
-def _inspect(model: str, revision: str | None, as_json: bool) -> None:
-    from pipeline import dense, hosts
+def _inspect(model: str, revision: str | None, as_json: bool, layers: list[str] | None) -> None:
+    from pipeline import dense, hosts, record
 
     described = dense.inspect(model, revision=revision)
-    described["hosts"] = hosts.explain(described)
+    paths = [layer["path"] for layer in described["layers"]]
+    which = layers and [int(k) if k.isdecimal() else k for k in layers]
+    described["selected"] = dense.select_layers(paths, which)
+    meant = [described["layers"][k] for k in described["selected"]]
+    described["hosts"] = hosts.explain({**described, "layers": meant})
     if as_json:
         print(json.dumps(described, indent=1, sort_keys=True))
         return
     print(f"{model}: {described['family']}, {described['parameters']:,} parameters")
     print(f"{described['n_layers']} layers, d_model {described['d_model']}, {described['dtype']}")
-    for kind, layers in _alike(described["layers"]).items():
-        print(f"  layers {layers[0]} to {layers[-1]} ({len(layers)}): {kind}")
+    print(f"FFNs: {dense.path_pattern(paths)}")
+    for kind, alike in _alike(described["layers"]).items():
+        print(f"  layers {record.spans(alike)} ({len(alike)}): {kind}")
     print("hosts of the sparse model:")
     for host, answer in described["hosts"].items():
         print(f"  {host}: {answer}")
@@ -103,7 +112,7 @@ def _conf_entry(model: str, described: dict[str, Any]) -> str:
         "dtype": "auto",
         "device_map": None,
         "trust_remote_code": False,
-        "layers": list(range(described["n_layers"])),
+        "layers": described["selected"],
         "embedded": None,
     }
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in entry.items())

@@ -5,7 +5,7 @@ shard and writing one again changes nothing. One shard of every layer is held in
 `2 x layers x shard_mb`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pipeline.activations import record_ffn
 from pipeline.config import CaptureConfig, Dtype
 from pipeline.corpus import check_token_ids
-from pipeline.dense import find_ffns
-from pipeline.record import check_layers
+from pipeline.dense import find_ffns, select_layers
 from pipeline.runtime import Progress, silent
 from pipeline.store import LayerReader, LayerWriter
 
@@ -25,30 +24,35 @@ def capture_activations(
     blocks: Mapping[str, Tensor],
     folder: Path,
     *,
-    layers: Sequence[int],
     cfg: CaptureConfig,
-    dtype: torch.dtype,
-    attributes: Mapping[str, object],
+    layers: Iterable[int | str] | None = None,
+    dtype: torch.dtype | None = None,
+    attributes: Mapping[str, object] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write `layer_K.zarr` and `ffn_K.safetensors` for each of `layers` below `folder`.
 
+    Layers may differ in d_ff; all have the model's d_model.
+
     Args:
         model: the dense model, on the device that it runs on.
         blocks: packed tokens per split, each (blocks, sequence_length).
-        dtype: of the stored activations.
+        layers: as `dense.select_layers` takes them; null = all.
+        dtype: of the stored activations; null = as `cfg.dtype` says.
         attributes: what the stores were made from; kept in each and compared on resume.
 
     Raises:
         InputError: the model lacks a layer or a token's embedding, or an activation is not finite.
     """
     sequence_length = next(iter(blocks.values())).shape[1]
-    slots = {slot.index: slot for slot in find_ffns(model)}
-    check_layers(list(layers), len(slots))
+    slots = find_ffns(model)
+    chosen = select_layers([slot.path for slot in slots], layers)
     for tokens in blocks.values():
         check_token_ids(tokens, model.get_input_embeddings().num_embeddings)  # type: ignore
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or stored_dtype(cfg.dtype, next(model.parameters()).dtype)
     writers = {}
-    for layer in layers:
+    for layer in chosen:
         weights = slots[layer].weights()
         weights.to("cpu", weights.up_proj.dtype).save(folder / f"ffn_{layer}.safetensors")
         writers[layer] = LayerWriter.open(
@@ -60,7 +64,7 @@ def capture_activations(
             codec=cfg.codec,
             shard_mb=cfg.shard_mb,
             chunk_mb=cfg.chunk_mb,
-            attributes=dict(attributes),
+            attributes=dict(attributes or {}),
         )
     unwritten = list(_unwritten(writers, blocks))
     total = sum(b.numel() for b in blocks.values())
@@ -74,7 +78,7 @@ def capture_activations(
             missing[layer].write_shard(split, k, ffn_input, ffn_output)
         done += sequences.numel()
         progress(done, total, split)
-    for layer in layers:
+    for layer in chosen:
         LayerReader(folder / f"layer_{layer}.zarr")
 
 

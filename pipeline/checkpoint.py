@@ -1,16 +1,19 @@
-"""From trained layers to a sparse checkpoint that stock transformers loads.
+"""From trained layers to a sparse checkpoint that transformers loads.
 
 The layers take the FFNs' places in the dense model; its tensors are renamed into the host
-architecture without a copy and saved as `save_pretrained` does. Then a fresh process that knows
-nothing of this package opens the folder, and its logits and greedy continuation must be those of
-the model in memory. Both sides compute in float32, on equal weights as stored.
+architecture without a copy and saved as `save_pretrained` does, the modelling file with them where
+the host is our own. Then a fresh process that knows nothing of this package opens the folder, and
+its logits and greedy continuation must be those of the model in memory. Both sides compute in
+float32, on equal weights as stored.
 """
 
+import copy
 import gc
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import dense, hosts, reload
@@ -25,19 +29,25 @@ from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.layers import layer_folders, load_layer
 from pipeline.moe import SparseMoE
 from pipeline.record import check_layers
+from pipeline.shape import MoEShape
 
 PROBE_SEQUENCES, PROBE_TOKENS, NEW_TOKENS = 2, 32, 16
 
 
 def convert_to_sparse(
-    dense_model: nn.Module, layers_folder: Path | str, layers: Sequence[int] | None = None
+    dense_model: nn.Module,
+    layers_folder: Path | str,
+    layers: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Put trained layers in the FFNs' places, in memory; returns the same model.
 
     Args:
-        dense_model: of transformers; it is changed. Each layer takes its FFN's dtype and device.
+        dense_model: of transformers; it is changed. Each layer takes its FFN's dtype and device,
+            but for the router, which stays float32 where the host keeps it so.
         layers_folder: holds `layer_K/` as `train` writes them.
         layers: which of them; null = all that are there.
+        device: where the model is moved; null = it stays.
 
     Raises:
         InputError: there are no such layers, or they belong to another model.
@@ -53,8 +63,14 @@ def convert_to_sparse(
             rule="every layer that is named has its folder layer_K",
             remedy="name fewer layers, or train these",
         )
-    _replace_ffns(dense_model, {k: load_layer(folders[k])[0] for k in chosen})
-    return dense_model
+    read = {k: load_layer(folders[k]) for k in chosen}
+    known = {k: _host({k: record["host"]}) for k, (_, record) in read.items()}
+    _replace_ffns(
+        dense_model,
+        {k: moe for k, (moe, _) in read.items()},
+        {k for k, host in known.items() if host.float32_router},
+    )
+    return dense_model if device is None else dense_model.to(device)
 
 
 def assemble(
@@ -94,15 +110,16 @@ def assemble(
             rule="the host of the layers holds the dense model",
             remedy="convert every layer that it needs, or train for another moe.host",
         )
-    paths = _replace_ffns(model, {k: moe for k, (moe, _) in read.items()})
+    stored = host.store(shapes)
+    moes = {k: pad_experts(moe, stored[k]) for k, (moe, _) in read.items()}
+    paths = _replace_ffns(model, moes, moes if host.float32_router else ())
     tensors = _hosted_tensors(model, host, paths)
-    save_hosted(
-        model, tensors, host, hosts.config_fields(host, described, shapes), folder, max_shard_size
-    )
+    fields = host.config(described, stored)
+    save_hosted(model, tensors, host, fields, folder, max_shard_size)
     tokenizer = dense.load_tokenizer(source, **loading)
     tokenizer.save_pretrained(folder)
     expected = reload.compute(model.float(), probe(described["vocab_size"]), NEW_TOKENS)
-    del model, read
+    del model, read, moes
     gc.collect()
     compare(expected, reload_elsewhere(folder, described["vocab_size"]), tolerance, folder)
 
@@ -126,8 +143,30 @@ def _host(names: Mapping[int, str]) -> hosts.Host:
     return hosts.HOSTS[name]
 
 
-def _replace_ffns(model: nn.Module, layers: Mapping[int, SparseMoE]) -> dict[int, str]:
-    """Put the layers in, all or none; returns where each lies in the model."""
+def pad_experts(moe: SparseMoE, shape: MoEShape) -> SparseMoE:
+    """The layer with its experts as wide as `shape` has them: neurons of zeros add nothing."""
+    extra = shape.d_ff_expert - moe.shape.d_ff_expert
+    if not extra:
+        return moe
+    wide, tensors = SparseMoE(shape, moe.kernel), moe.state_dict()
+    tensors["down_proj"] = F.pad(moe.down_proj, (0, extra))
+    for name, below in ((f"{moe.inner}_proj", (0, 0, 0, extra)), (f"{moe.inner}_bias", (0, extra))):
+        if name in tensors:
+            halves = tensors[name].chunk(2 if shape.gated else 1, dim=1)
+            tensors[name] = torch.cat([F.pad(half, below) for half in halves], dim=1)
+    wide.load_state_dict(tensors)
+    return wide.train(moe.training)
+
+
+def _replace_ffns(
+    model: nn.Module, layers: Mapping[int, SparseMoE], float32_routers: Collection[int]
+) -> dict[int, str]:
+    """Put the layers in, all or none; returns where each lies in the model.
+
+    Args:
+        float32_routers: layers whose router keeps its precision, whatever the FFN's dtype. A
+            rounded threshold or balance bias would send tokens elsewhere.
+    """
     slots = dense.find_ffns(model)
     check_layers(list(layers), len(slots))
     for k, moe in layers.items():
@@ -142,7 +181,11 @@ def _replace_ffns(model: nn.Module, layers: Mapping[int, SparseMoE]) -> dict[int
             )
     for k, moe in layers.items():
         like = slots[k].weights().up_proj
-        slots[k].replace(moe.to(like.device, like.dtype).eval())
+        router = copy.deepcopy(moe.router)
+        moe.to(like.device, like.dtype)
+        if k in float32_routers:
+            moe.router = router.to(like.device, torch.float32)
+        slots[k].replace(moe.eval())
     return {k: slots[k].path for k in layers}
 
 
@@ -150,12 +193,12 @@ def _hosted_tensors(
     model: nn.Module, host: hosts.Host, paths: Mapping[int, str]
 ) -> dict[str, Tensor]:
     """The model's tensors, not copied, under the host's names."""
-    tensors = dict(model.state_dict())
+    given, tensors = dict(model.state_dict()), {}
     for k, path in paths.items():
-        own = [name for name in tensors if name.startswith(f"{path}.")]
-        for name in own:
-            tensors[hosts.rename(host, k, name.removeprefix(f"{path}."))] = tensors.pop(name)
-    return tensors
+        for name in [name for name in given if name.startswith(f"{path}.")]:
+            below = name.removeprefix(f"{path}.")
+            tensors[hosts.rename(host, k, path, below)] = given.pop(name)
+    return tensors | {host.prefix + name: tensor for name, tensor in given.items()}
 
 
 def save_hosted(
@@ -209,6 +252,7 @@ def reload_elsewhere(folder: Path, vocab_size: int) -> dict[str, Tensor]:
         arguments = [str(folder.absolute()), ids, str(NEW_TOKENS), str(out)]
         done = subprocess.run(
             [sys.executable, "-I", reload.__file__, *arguments],
+            env=os.environ | {"HF_MODULES_CACHE": scratch},  # where modelling files are copied to
             capture_output=True,
             text=True,
             check=False,

@@ -8,7 +8,7 @@ Imports neither torch nor transformers: a mistake must be told in a second, not 
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -60,9 +60,25 @@ class RouterInit(Enum):
     ridge = "ridge"  # ridge regression of each expert's true contribution on the input
 
 
+class Routing(Enum):
+    token_choice = "token_choice"  # each token takes its top_k experts
+    expert_choice = "expert_choice"  # each expert takes its share of the tokens
+
+
+class Router(Enum):
+    linear = "linear"  # what every native host has
+    mlp = "mlp"  # the linear one plus a small network of one hidden layer
+
+
+class Growth(Enum):
+    split = "split"  # neurons are doubled and their outputs shared: nothing changes at once
+    interpolate = "interpolate"  # the seed's: bilinear along d_ff, and a rescale
+
+
 class Host(Enum):
-    auto = "auto"
+    auto = "auto"  # the first that can hold the result, native ones first
     mixtral = "mixtral"
+    sparse_distilled = "sparse_distilled"  # our own modelling file, saved with the checkpoint
 
 
 class Kernel(Enum):
@@ -135,6 +151,7 @@ class DataConfig:
     files: list[str] = MISSING  # source=files: paths or globs
     shifted_files: list[str] = MISSING  # another domain; empty = the standard library's source
     text_column: str = MISSING
+    max_samples: int | None = None  # documents read of the source at most; null = all
     sequence_length: int = MISSING  # tokens per packed block
     tokens: TokensConfig = field(default_factory=TokensConfig)
 
@@ -152,11 +169,37 @@ class CaptureConfig:
 
 
 @dataclass
+class LayerMoEConfig:
+    """What some layers have otherwise; null = as `moe` says."""
+
+    layers: list[int] = MISSING  # of model.layers
+    n_experts: int | None = None
+    top_k: int | None = None
+    d_ff_expert: int | float | None = None
+
+
+@dataclass
+class DynamicConfig:
+    """Experts that grow and shrink while they are trained; widths in neurons, multiples of 8."""
+
+    enabled: bool = MISSING
+    reallocate_every_n_steps: int = MISSING
+    n_reallocated: int = MISSING  # experts that grow at a time, and as many that shrink
+    growth_factor: float = MISSING  # of the width of the experts of highest loss
+    shrink_factor: float = MISSING  # of the width of the experts of lowest loss
+    min_d_ff: int = MISSING
+    max_d_ff: int = MISSING
+    growth: Growth = MISSING
+
+
+@dataclass
 class MoEConfig:
     """The sparse layer that takes the place of each dense FFN."""
 
     n_experts: int = MISSING
-    top_k: int = MISSING  # experts run per token
+    top_k: int = MISSING  # experts run per token; routing=token_choice
+    routing: Routing = MISSING
+    capacity_factor: float = MISSING  # routing=expert_choice: experts per token, on average
     d_ff_expert: int | float | None = (
         MISSING  # null = d_ff; float in (0, 1] = fraction of it; int >= 8 = neurons
     )
@@ -164,8 +207,13 @@ class MoEConfig:
     init: Init = MISSING
     init_noise: float = MISSING  # of each weight's standard deviation, on replicated experts
     virtual_groups: bool = MISSING  # the slices of one replica share their router row
+    router: Router = MISSING
+    router_width: int = MISSING  # router=mlp: units of its hidden layer
     router_init: RouterInit = MISSING
+    balance_bias: bool = MISSING  # a bias per expert that selects and never weighs
     host: Host = MISSING  # architecture to export to; fixes the router function
+    per_layer: list[LayerMoEConfig] = MISSING
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
 
 
 @dataclass
@@ -187,6 +235,8 @@ class TrainConfig:
     cosine_loss_weight: float = MISSING
     load_balance_coef: float = MISSING
     router_z_coef: float = MISSING
+    balance_bias_rate: float = MISSING  # per step, with moe.balance_bias
+    data_free: bool = MISSING  # random inputs of the captured mean and covariance
     evaluate_every: int = MISSING  # steps between validations
     checkpoint_every: int = MISSING  # steps between checkpoints to continue from
     stream: bool = MISSING  # read shuffled chunks instead of holding the split in memory
@@ -209,6 +259,7 @@ class ConvertConfig:
 @dataclass
 class EvaluateConfig:
     batch_size: int = MISSING  # sequences per forward pass
+    max_batches: int | None = None  # of each text; null = all of it
     prompt: str = MISSING  # the sample generations continue it
     new_tokens: int = MISSING  # length of a sample generation
 
@@ -253,6 +304,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "model.embedded.evaluate_every": (1, None),
     "model.embedded.patience": (1, None),
     "model.embedded.checkpoint_every": (1, None),
+    "data.max_samples": (1, None),
     "data.sequence_length": (2, None),
     "data.tokens.train": (1, None),
     "data.tokens.validation": (1, None),
@@ -264,8 +316,16 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "capture.heldout_tokens": (1, None),
     "moe.n_experts": (1, None),
     "moe.top_k": (1, None),
+    "moe.capacity_factor": (0.01, None),
     "moe.d_ff_expert": (0, None),
     "moe.init_noise": (0, None),
+    "moe.router_width": (1, None),
+    "moe.dynamic.reallocate_every_n_steps": (1, None),
+    "moe.dynamic.n_reallocated": (1, None),
+    "moe.dynamic.growth_factor": (1, None),
+    "moe.dynamic.shrink_factor": (0.01, 1),
+    "moe.dynamic.min_d_ff": (8, None),
+    "moe.dynamic.max_d_ff": (8, None),
     "train.epochs": (0, None),
     "train.batch_size": (1, None),
     "train.learning_rate": (0, None),
@@ -276,10 +336,12 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "train.cosine_loss_weight": (0, None),
     "train.load_balance_coef": (0, None),
     "train.router_z_coef": (0, None),
+    "train.balance_bias_rate": (0, None),
     "train.evaluate_every": (1, None),
     "train.checkpoint_every": (1, None),
     "convert.tolerance": (0, None),
     "evaluate.batch_size": (1, None),
+    "evaluate.max_batches": (1, None),
     "evaluate.new_tokens": (0, None),
     "runtime.threads": (1, None),
     "runtime.lock_wait_s": (0, None),
@@ -302,8 +364,16 @@ def select(cfg: Config, keys: Iterable[str]) -> dict[str, Any]:
     chosen = {}
     for key, value in leaves(cfg).items():
         if any(key == k or key.startswith(f"{k}.") for k in wanted):
-            chosen[key] = value.name if isinstance(value, Enum) else value
+            chosen[key] = _plain(value)
     return chosen
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list):
+        return [asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for v in value]
+    return value
 
 
 def validate(cfg: Config) -> None:
@@ -311,13 +381,8 @@ def validate(cfg: Config) -> None:
     for key, value in leaves(cfg).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(key, value)
-    if cfg.moe.top_k > cfg.moe.n_experts:
-        raise ConfigError(
-            "More experts per token than there are experts.",
-            value=f"moe.top_k={cfg.moe.top_k}, moe.n_experts={cfg.moe.n_experts}",
-            rule="moe.top_k <= moe.n_experts",
-            remedy=f"set moe.top_k={cfg.moe.n_experts} or less",
-        )
+    _check_moe(cfg.moe)
+    _check_per_layer(cfg.moe, cfg.model.layers)
     _check_layers(cfg.model.layers)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.model.name):
         raise ConfigError(
@@ -356,6 +421,68 @@ def _check_number(key: str, value: float) -> None:
             rule=f"a finite number, {bounds}",
             remedy=f"set {key} within its range",
         )
+
+
+def _check_moe(moe: MoEConfig) -> None:
+    if moe.top_k > moe.n_experts:
+        raise ConfigError(
+            "More experts per token than there are experts.",
+            value=f"moe.top_k={moe.top_k}, moe.n_experts={moe.n_experts}",
+            rule="moe.top_k <= moe.n_experts",
+            remedy=f"set moe.top_k={moe.n_experts} or less",
+        )
+    if moe.routing is Routing.expert_choice:
+        if moe.capacity_factor > moe.n_experts:
+            raise ConfigError(
+                "Each expert would take more tokens than there are.",
+                value=f"moe.capacity_factor={moe.capacity_factor}, moe.n_experts={moe.n_experts}",
+                rule="an expert takes capacity_factor / n_experts of the tokens",
+                remedy=f"set moe.capacity_factor={moe.n_experts} or less",
+            )
+        for name in ("balance_bias", "virtual_groups"):
+            if getattr(moe, name):
+                raise ConfigError(
+                    f"moe.{name} has no meaning where the experts choose.",
+                    value=f"moe.routing=expert_choice, moe.{name}=true",
+                    rule=f"moe.{name} is an option of moe.routing=token_choice",
+                    remedy=f"set moe.{name}=false, or moe.routing=token_choice (recommended)",
+                )
+    low, high = moe.dynamic.min_d_ff, moe.dynamic.max_d_ff
+    if moe.dynamic.enabled and (low > high or low % 8 or high % 8):
+        raise ConfigError(
+            "The bounds of dynamic experts hold no width.",
+            value=f"moe.dynamic.min_d_ff={low}, moe.dynamic.max_d_ff={high}",
+            rule="min_d_ff <= max_d_ff, both multiples of 8",
+            remedy="for example moe.dynamic.min_d_ff=256 moe.dynamic.max_d_ff=8192",
+        )
+
+
+def _check_per_layer(moe: MoEConfig, layers: list[int]) -> None:
+    named = [layer for other in moe.per_layer for layer in other.layers]
+    absent = sorted(set(named) - set(layers))
+    twice = sorted({layer for layer in named if named.count(layer) > 1})
+    if absent or twice:
+        raise ConfigError(
+            "moe.per_layer does not say clearly which layers it means.",
+            value=f"layers {absent} are not converted" if absent else f"layers {twice} twice",
+            rule=f"layers of model.layers={layers}, each in one entry",
+            remedy="correct moe.per_layer, for example moe.per_layer=[{layers:[0],n_experts:8}]",
+        )
+    for other in moe.per_layer:
+        for name in ("n_experts", "top_k", "d_ff_expert"):
+            value = getattr(other, name)
+            if value is not None:
+                _check_number(f"moe.{name}", value)
+        n_experts = moe.n_experts if other.n_experts is None else other.n_experts
+        top_k = moe.top_k if other.top_k is None else other.top_k
+        if top_k > n_experts:
+            raise ConfigError(
+                "More experts per token than there are experts.",
+                value=f"moe.per_layer of layers {other.layers}: top_k={top_k}, "
+                f"n_experts={n_experts}",
+                rule="top_k <= n_experts, in every layer",
+                remedy=f"add top_k:{n_experts} to that entry",
+            )
 
 
 def _check_layers(layers: list[int]) -> None:

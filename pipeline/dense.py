@@ -8,9 +8,10 @@ what the activation function is. A model on the meta device is described the sam
 
 import contextlib
 import copy
+import fnmatch
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pipeline import workdir
+from pipeline import modeling, record, workdir
 from pipeline.errors import ConfigError, InputError
 from pipeline.ffn import ACTIVATIONS, DenseFFN
 
 INDEX = "model.safetensors.index.json"
 TOLERANCE = 1e-4
 """Largest error of a formula in float32, relative to the largest output."""
+
+modeling.register()  # a converted model can be opened here too, with no code of its folder
 
 # Loading
 
@@ -148,7 +151,8 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": [
-            {"index": s.index, "d_ff": s.d_ff, "gated": s.formula.gate is not None}
+            {"index": s.index, "path": s.path, "d_ff": s.d_ff}
+            | {"gated": s.formula.gate is not None}
             | {"activation": s.formula.activation, "bias": s.has_bias}
             for s in slots
         ],
@@ -238,6 +242,10 @@ class FFNSlot:
         return _weight(self.module, self.formula.down).shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return _weight(self.module, self.formula.down).dtype
+
+    @property
     def has_bias(self) -> bool:
         names = {self.formula.up, self.formula.down, self.formula.gate or self.formula.up}
         return any(_bias(self.module, name) is not None for name in names)
@@ -262,12 +270,56 @@ def find_ffns(model: nn.Module) -> list[FFNSlot]:
     for index, (path, layer) in enumerate(_layers(model, config.num_hidden_layers)):
         below = _propose(layer, config.hidden_size)
         module = layer.get_submodule(below)
-        kind = (type(module), tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
+        kind = _kind(module)
         if kind not in known:
             known[kind] = _verified_formula(module, layer, config.hidden_size)
         parent = layer.get_submodule(below.rpartition(".")[0])
         slots.append(FFNSlot(index, f"{path}.{below}", parent, known[kind]))
     return slots
+
+
+def select_layers(paths: Sequence[str], which: Iterable[int | str] | None) -> list[int]:
+    """Indices of the layers that are meant, ascending and each once.
+
+    Args:
+        paths: of each layer's FFN, as `find_ffns` gives them.
+        which: indices, and patterns of `fnmatch` over the whole path (`*.1?.mlp`); None = all.
+
+    Raises:
+        InputError: an index that the model does not have, or a pattern that matches no path.
+    """
+    chosen: set[int] = set()
+    for wanted in range(len(paths)) if which is None else which:
+        if isinstance(wanted, int):
+            found = [wanted] if 0 <= wanted < len(paths) else []
+        else:
+            found = [k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, wanted)]
+        if not found:
+            raise InputError(
+                "The model does not have this layer.",
+                value=wanted,
+                rule=f"an index from 0 to {len(paths) - 1}, or a pattern over the FFNs' paths: "
+                + path_pattern(paths),
+                remedy="name a layer that is there; `*` stands for anything, dots too",
+            )
+        chosen.update(found)
+    return sorted(chosen)
+
+
+def path_pattern(paths: Sequence[str]) -> str:
+    """The layers' paths in short: `model.layers.{0..3}.mlp`."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for index, path in enumerate(paths):
+        head, _, tail = path.partition(f".{index}.")
+        alike.setdefault((head, tail), []).append(index)
+    return ", ".join(f"{h}.{{{record.spans(indices)}}}.{t}" for (h, t), indices in alike.items())
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """Equal for modules that compute the same from weights of the same shapes."""
+    shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+    settings = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    return type(module), repr(module), shapes, tuple(sorted(settings.items()))
 
 
 def _layers(model: nn.Module, n_layers: int) -> list[tuple[str, nn.Module]]:
@@ -314,10 +366,11 @@ def _verified_formula(module: nn.Module, layer: nn.Module, d_model: int) -> Form
             raise _refused(layer, module, f"it takes more than its input ({error})") from None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             raise _refused(layer, module, "it does not map (tokens, d_model) to the same")
-        for formula in _candidates(_projections(trial), d_model):
-            error = (_apply(trial, formula)(x) - y).abs().max()
-            if error <= TOLERANCE * y.abs().max():
-                return formula
+        candidates = list(_candidates(_projections(trial), d_model))
+        errors = [float((_apply(trial, c)(x) - y).abs().max()) for c in candidates]
+        # The best, not the first that is good enough: the two kinds of gelu are that close.
+        if errors and min(errors) <= TOLERANCE * float(y.abs().max()):
+            return candidates[errors.index(min(errors))]
     raise _refused(layer, module, "no known formula gives its output")
 
 

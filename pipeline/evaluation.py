@@ -6,7 +6,7 @@ side by side on the `heldout` and `shifted` blocks.
 Shapes: T tokens, D d_model, V vocab_size.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import corpus, workdir
 from pipeline.config import EvaluateConfig
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.layers import layer_folders, load_layer, read_history
 from pipeline.moe import SparseMoE
 from pipeline.router import routing_statistics
@@ -29,6 +29,8 @@ from pipeline.store import LayerReader
 TEXTS = ("heldout", "shifted")
 ROWS = 4096
 """Tokens per forward pass of one layer."""
+GOOD_COSINE = 0.95
+"""A layer is good where its mean cosine with the dense FFN is above this."""
 
 # One layer
 
@@ -39,6 +41,8 @@ def evaluate(
     layers: Sequence[int] | None = None,
     *,
     device: torch.device | str = "cpu",
+    batch_size: int = ROWS,
+    max_batches: int | None = None,
 ) -> dict[int, dict[str, Any]]:
     """`{layer: {"mse": ..., "cosine_sim": ..., ...}}` of trained layers, as `layer_metrics`.
 
@@ -46,11 +50,23 @@ def evaluate(
         layers_folder: holds `layer_K/` as `train` writes them.
         capture_folder: holds `layer_K.zarr` as `capture` writes them.
         layers: null = all that lie in `layers_folder`.
+        batch_size: tokens per forward pass.
+        max_batches: forward passes per layer, from the first heldout row on; null = all rows.
 
     Raises:
+        ConfigError: `batch_size` or `max_batches` is below 1.
         InputError: there are no layers.
         ArtifactError: a layer or a store is damaged, or they do not belong together.
     """
+    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
+        if value is not None and value < 1:
+            raise ConfigError(
+                f"{name} leaves nothing to judge.",
+                value=f"{name}={value}",
+                rule="at least 1",
+                remedy=f"give a larger {name}"
+                + (", or null for all rows" if name == "max_batches" else ""),
+            )
     folder, captured = Path(layers_folder), Path(capture_folder)
     if layers is None:
         layers = list(layer_folders(folder))
@@ -58,19 +74,29 @@ def evaluate(
         k: layer_metrics(
             load_layer(folder / f"layer_{k}")[0].to(device),
             LayerReader(captured / f"layer_{k}.zarr"),
+            batch_size=batch_size,
+            max_batches=max_batches,
         )
         for k in layers
     }
 
 
 @torch.inference_mode()
-def layer_metrics(moe: SparseMoE, reader: LayerReader) -> dict[str, Any]:
-    """Reconstruction and routing on the `heldout` rows, in float32.
+def layer_metrics(
+    moe: SparseMoE,
+    reader: LayerReader,
+    *,
+    batch_size: int = ROWS,
+    max_batches: int | None = None,
+) -> dict[str, Any]:
+    """Reconstruction and routing on the `heldout` rows, in float32, with `moe` in evaluation mode.
 
     `mse` per element; `cosine_sim` the mean over tokens and `cosine_sim_p5` their 5th percentile;
     `relative_mse` = sum |y_hat - y|^2 / sum |y|^2. The first token of each sequence, whose norm can
     be enormous, counts in all of these and once more alone (`first_token`). A token whose target is
-    zero has no cosine; where all are, the ratios are null and `null_because` says so.
+    zero has no cosine; where all are, the ratios and the verdict are null and `null_because` says
+    so. `active_ffn_fraction`: true neurons of the experts that worked on a token over the dense
+    FFN's, the mean over tokens.
     """
     if moe.shape.d_model != reader.d_model:
         raise ArtifactError(
@@ -79,27 +105,45 @@ def layer_metrics(moe: SparseMoE, reader: LayerReader) -> dict[str, Any]:
             rule="a layer is judged on the store of its own dense FFN",
             remedy="name the capture that the layer was trained on",
         )
+    moe.eval()
     device = moe.down_proj.device
-    errors, powers, cosines, ids = [], [], [], []
-    x_TD, y_TD = reader.read("heldout")
-    for x, y in zip(x_TD.split(ROWS), y_TD.split(ROWS), strict=True):
+    errors, powers, cosines, takens = [], [], [], []
+    stop = None if max_batches is None else max_batches * batch_size
+    x_TD, y_TD = reader.read("heldout", stop=stop)
+    for x, y in zip(x_TD.split(batch_size), y_TD.split(batch_size), strict=True):
         y = y.to(device).float()
         y_hat, routing = moe.forward_routed(x.to(device).float())
         errors.append((y_hat - y).square().sum(dim=1).double().cpu())
         powers.append(y.square().sum(dim=1).double().cpu())
         cosines.append(F.cosine_similarity(y_hat, y, dim=1).double().cpu())
-        ids.append(routing.expert_ids.cpu())
+        takens.append(routing.taken_TE().cpu())
     error_T, power_T, cosine_T = torch.cat(errors), torch.cat(powers), torch.cat(cosines)
+    taken_TE = torch.cat(takens)
     real_T = power_T > 0
     first_T = torch.zeros_like(real_T)
     first_T[:: reader.sequence_length] = True
+    ratios = _ratios(error_T, power_T, cosine_T)
     return {
         "mse": float(error_T.mean()) / reader.d_model,
-        **_ratios(error_T, power_T, cosine_T),
+        **ratios,
         "cosine_sim_p5": float(cosine_T[real_T].quantile(0.05)) if real_T.any() else None,
+        "verdict": _verdict(ratios["cosine_sim"]),
         "first_token": _ratios(error_T[first_T], power_T[first_T], cosine_T[first_T]),
-        "routing": routing_statistics(torch.cat(ids), moe.shape.n_experts),
+        "active_ffn_fraction": _active_ffn_fraction(taken_TE, moe.shape),
+        "routing": routing_statistics(taken_TE),
     }
+
+
+def _active_ffn_fraction(taken_TE: Tensor, shape: MoEShape) -> float:
+    choices_E = taken_TE.sum(dim=0).tolist()
+    neurons = sum(n * width for n, width in zip(choices_E, shape.widths, strict=True))
+    return neurons / (len(taken_TE) * shape.d_ff)
+
+
+def _verdict(cosine_sim: float | None) -> str | None:
+    if cosine_sim is None:
+        return None
+    return "good" if cosine_sim > GOOD_COSINE else "below target"
 
 
 def _ratios(error_T: Tensor, power_T: Tensor, cosine_T: Tensor) -> dict[str, Any]:
@@ -124,6 +168,7 @@ class TextLoss:
     byte_perplexity: tuple[float, float]
     kl: Tensor  # (T,) KL(dense || sparse) of each predicted token, nats
     top1_agreement: float  # share of tokens for which both prefer the same one
+    tokens: int  # of the blocks that were read
 
 
 @torch.inference_mode()
@@ -134,13 +179,19 @@ def compare_on_text(
     text_bytes: int,
     *,
     batch_size: int,
+    max_batches: int | None = None,
     progress: Progress = silent,
 ) -> TextLoss:
     """Both models' next-token losses on (sequences, sequence_length) token ids.
 
     Args:
         text_bytes: UTF-8 bytes of the text in `blocks`; the share of the predicted tokens counts.
+        batch_size: sequences per forward pass.
+        max_batches: forward passes, from the first block on; null = all blocks.
     """
+    bytes_per_token = text_bytes / blocks.numel()
+    if max_batches is not None:
+        blocks = blocks[: max_batches * batch_size]
     loss = torch.zeros(2, dtype=torch.float64)
     agreed, done, kls = 0, 0, []
     for batch in blocks.split(batch_size):
@@ -155,10 +206,9 @@ def compare_on_text(
         done += batch.numel()
         progress(done, blocks.numel(), "")
     predicted = len(blocks) * (blocks.shape[1] - 1)
-    predicted_bytes = text_bytes * predicted / blocks.numel()
     d, s = (float(value) for value in (loss / predicted).exp())
-    db, sb = (float(value) for value in (loss / predicted_bytes).exp())
-    return TextLoss((d, s), (db, sb), torch.cat(kls), agreed / predicted)
+    db, sb = (float(value) for value in (loss / (predicted * bytes_per_token)).exp())
+    return TextLoss((d, s), (db, sb), torch.cat(kls), agreed / predicted, blocks.numel())
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
@@ -193,6 +243,7 @@ def measure(
             corpus.read_blocks(tokens, name),
             counts[name]["bytes"],
             batch_size=cfg.batch_size,
+            max_batches=cfg.max_batches,
             progress=progress,
         )
         for name in TEXTS
@@ -253,22 +304,38 @@ def figures(
         }
         for side in (0, 1)
     )
-    asleep = sum((s.n_experts - s.top_k) * s.expert_parameters for s in shapes.values())
+    parameters = _parameters(shapes, dense_parameters, sparse_parameters)
+    run = {k: m["active_ffn_fraction"] for k, m in layers.items()}
+    run_with_router = {
+        k: share + shapes[k].active_flops_fraction - shapes[k].active_ffn_fraction
+        for k, share in run.items()
+    }
+    good = [m for m in layers.values() if m["verdict"] == "good"]
     return {
         "dense": {**dense, "parameters": dense_parameters},
-        "sparse": {
-            **sparse,
-            "parameters": {"total": sparse_parameters, "active": sparse_parameters - asleep},
-        },
+        "sparse": {**sparse, "parameters": parameters},
+        "judged_tokens": {name: text.tokens for name, text in texts.items()},
         "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in texts.items()},
         "kl": {"mean": float(heldout.kl.mean()), "p99": float(heldout.kl.quantile(0.99))},
         "top1_agreement": heldout.top1_agreement,
-        "active_ffn_fraction": _weighted(shapes.values(), "active_ffn_fraction"),
-        "active_flops_fraction": _weighted(shapes.values(), "active_flops_fraction"),
+        "active_ffn_fraction": _by_width(run, shapes),
+        "active_flops_fraction": _by_width(run_with_router, shapes),
         "cosine_sim": _mean_and_worst(layers, "cosine_sim", min),
         "relative_mse": _mean_and_worst(layers, "relative_mse", max),
+        "good_layers": {"good": len(good), "of": len(layers), "cosine_above": GOOD_COSINE},
         "layers": {str(k): dict(m) for k, m in layers.items()},
     }
+
+
+def _parameters(shapes: Mapping[int, MoEShape], dense: int, stored: int) -> dict[str, int]:
+    """`total` counts what is stored; where some of that is padding, `unpadded` the rest."""
+    asleep = sum(s.total_parameters - s.active_parameters for s in shapes.values())
+    if all(s.expert_widths is None for s in shapes.values()):
+        return {"total": stored, "active": stored - asleep}
+    # From the dense side: a host may pad to the widest expert of the layer, or of all layers.
+    unpadded = dense + sum(s.total_parameters - s.dense_parameters for s in shapes.values())
+    apart = {"unpadded": unpadded} if unpadded != stored else {}
+    return {"total": stored, **apart, "active": unpadded - asleep}
 
 
 def _mean_and_worst(
@@ -281,7 +348,7 @@ def _mean_and_worst(
     return {"mean": sum(known) / len(known), "worst": worst(known)}
 
 
-def _weighted(shapes: Iterable[MoEShape], name: str) -> float:
+def _by_width(shares: Mapping[int, float], shapes: Mapping[int, MoEShape]) -> float:
     """The mean over layers of a share of the dense FFN's width."""
-    pairs = [(getattr(shape, name), shape.d_ff) for shape in shapes]
-    return sum(share * d_ff for share, d_ff in pairs) / sum(d_ff for _, d_ff in pairs)
+    widths = {k: shapes[k].d_ff for k in shares}
+    return sum(share * widths[k] for k, share in shares.items()) / sum(widths.values())

@@ -1,12 +1,13 @@
-"""Which architecture of transformers holds a converted model, and how its parts are named there.
+"""Which architecture holds a converted model, and how its parts are named there.
 
 A host is chosen before training, because it fixes the router function that the layers are trained
-under. Every refusal says why; nothing is approximated. Imports neither torch nor transformers: it
-reads the dense model's recorded configuration.
+under. A native one, which transformers has, is preferred; our own, `modeling/`, holds what none of
+them can and opens with `trust_remote_code=True`. Every refusal says why; nothing is approximated.
+Imports neither torch nor transformers: it reads the dense model's recorded configuration.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.errors import ConfigError
@@ -15,24 +16,43 @@ from pipeline.shape import MoEShape
 Shapes = Mapping[int, MoEShape]
 """The sparse layers, by index."""
 
+EXPERT_CHOICE_CAUTION = (
+    "token choice is recommended: where experts choose, whom they take in training depends on the "
+    "rest of the batch, later tokens included, and a token that none takes gets zero"
+)
+
+REMOTE_CODE = "the checkpoint brings its own modelling file and opens with trust_remote_code=True"
+
 
 @dataclass(frozen=True)
 class Host:
-    """One architecture of transformers.
+    """One architecture.
 
-    `refuse(record, shapes)` says why it cannot hold a model, or None. `config(dense_config, shape)`
-    gives the fields that differ from the dense model's configuration, `dropped` those that the host
-    does not have. `tensors` maps a SparseMoE's parameters to names below `layer_prefix`.
+    `refuse(record, shapes)` says why it cannot hold a model, or None; `record` is as
+    `dense.describe` gives it. `store(shapes)` gives the shapes as they lie in it, and
+    `config(record, stored shapes)` its configuration. The dense model's tensors keep their names
+    below `prefix`; a SparseMoE's lie below `layer_prefix` under the names of `tensors`, or their
+    own where that is None.
     """
 
     name: str  # its model_type
-    families: frozenset[str]  # model_type of the dense models that it can hold
+    families: frozenset[str] | None  # model_type of the dense models that it can hold; None = any
     router_function: str  # a name in router.ROUTER_FUNCTIONS
+    remote_code: bool  # not of transformers: opens with trust_remote_code=True
+    float32_router: bool  # whatever the model's dtype, else the router is rounded to that
     refuse: Callable[[Mapping[str, Any], Shapes], str | None]
-    config: Callable[[Mapping[str, Any], MoEShape], dict[str, Any]]
-    dropped: frozenset[str]
+    store: Callable[[Shapes], dict[int, MoEShape]]
+    config: Callable[[Mapping[str, Any], Shapes], dict[str, Any]]
+    prefix: str
     layer_prefix: str
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str] | None
+
+
+NOT_KEPT = frozenset({"architectures", "model_type", "transformers_version", "_name_or_path"})
+"""Fields of the dense model's configuration that name the model and say nothing of it."""
+
+
+# Mixtral
 
 
 def _mixtral_refusal(record: Mapping[str, Any], shapes: Shapes) -> str | None:
@@ -43,25 +63,72 @@ def _mixtral_refusal(record: Mapping[str, Any], shapes: Shapes) -> str | None:
         return "its experts have no bias"
     if not shape.gated or shape.activation not in ("silu", "gelu", "gelu_tanh", "relu"):
         return "its experts are gated, with an activation function that transformers names"
+    for other in shapes.values():
+        if other.routing != "token_choice":
+            return "its tokens choose their experts"
+        if other.router_width:
+            return "its router is one linear map"
+        if other.balance_bias:
+            return "its router has no balance bias"
     left = sorted(set(range(record["n_layers"])) - set(shapes))
     if left:
         return f"every layer of it is sparse, and layers {left} would stay dense"
-    if len({replace(s, d_ff=0) for s in shapes.values()}) > 1:  # d_ff leaves with the dense FFN
+    alike = {replace(s, d_ff=0, expert_widths=None) for s in _one_width(shapes).values()}
+    if len(alike) > 1:  # d_ff leaves with the dense FFN
         return "all its layers have one d_ff_expert, n_experts and top_k"
     return None
 
 
+def _one_width(shapes: Shapes) -> dict[int, MoEShape]:
+    """Where experts grew or shrank: padded to the widest of all layers, which changes nothing."""
+    if all(shape.expert_widths is None for shape in shapes.values()):
+        return dict(shapes)
+    widest = max(shape.d_ff_expert for shape in shapes.values())
+    return {
+        k: replace(shape, d_ff_expert=widest, expert_widths=shape.widths)
+        for k, shape in shapes.items()
+    }
+
+
+MIXTRAL_LACKS = frozenset({"attention_bias", "mlp_bias", "pretraining_tp"})
+
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
+EXPERT_WIDTHS = "sparse_distilled_expert_widths"
+"""Field of Mixtral's configuration: layer -> each expert's true width, where they are padded."""
 
-def _mixtral_config(config: Mapping[str, Any], shape: MoEShape) -> dict[str, Any]:
+
+def _mixtral_config(record: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    config, shape = record["config"], next(iter(shapes.values()))
+    widths = {str(k): list(s.widths) for k, s in shapes.items() if s.expert_widths is not None}
     return {
+        **{k: v for k, v in config.items() if k not in MIXTRAL_LACKS | NOT_KEPT},
         "intermediate_size": shape.d_ff_expert,
         "num_local_experts": shape.n_experts,
         "num_experts_per_tok": shape.top_k,
         "hidden_act": ACTIVATION_NAMES.get(shape.activation, shape.activation),
         "sliding_window": config.get("sliding_window"),
         "router_jitter_noise": 0.0,
+        **({EXPERT_WIDTHS: widths} if widths else {}),
+    }
+
+
+# Our own
+
+
+def _own_refusal(record: Mapping[str, Any], shapes: Shapes) -> str | None:
+    if record["config"].get("auto_map"):
+        return "transformers builds the dense part of it, and this model has code of its own"
+    return None
+
+
+def _own_config(record: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    paths = {ffn["index"]: ffn["path"] for ffn in record["layers"]}
+    gone = NOT_KEPT - {"architectures"}  # some model types have several
+    kept = {k: v for k, v in record["config"].items() if k not in gone}
+    return {
+        "dense_config": {**kept, "model_type": record["family"]},
+        "sparse_layers": {paths[k]: asdict(shape) for k, shape in shapes.items()},
     }
 
 
@@ -70,17 +137,36 @@ HOSTS: dict[str, Host] = {
         name="mixtral",
         families=frozenset({"llama", "mistral"}),
         router_function="softmax_topk",
+        remote_code=False,
+        float32_router=False,
         refuse=_mixtral_refusal,
+        store=_one_width,
         config=_mixtral_config,
-        dropped=frozenset({"attention_bias", "mlp_bias", "pretraining_tp"}),
+        prefix="",
         layer_prefix="model.layers.{layer}.mlp.",
         tensors={
             "router.weight": "gate.weight",
             "gate_up_proj": "experts.gate_up_proj",
             "down_proj": "experts.down_proj",
         },
-    )
+    ),
+    "sparse_distilled": Host(
+        name="sparse_distilled",
+        families=None,
+        router_function="softmax_topk",
+        remote_code=True,
+        float32_router=True,
+        refuse=_own_refusal,
+        store=dict,
+        config=_own_config,
+        prefix="dense.",
+        layer_prefix="dense.{path}.",
+        tensors=None,
+    ),
 }
+
+
+# Any of them
 
 
 def can_host(host: Host, record: Mapping[str, Any], shapes: Shapes) -> str | None:
@@ -89,7 +175,7 @@ def can_host(host: Host, record: Mapping[str, Any], shapes: Shapes) -> str | Non
     Args:
         record: as `dense.describe` gives it.
     """
-    if record["family"] not in host.families:
+    if host.families is not None and record["family"] not in host.families:
         return f"it holds {', '.join(sorted(host.families))}, and this is {record['family']}"
     return host.refuse(record, shapes)
 
@@ -105,14 +191,34 @@ def choose(name: str, record: Mapping[str, Any], shapes: Shapes) -> tuple[Host, 
     for host in candidates:
         refusals[host.name] = can_host(host, record, shapes)
         if refusals[host.name] is None:
-            return host, "configured" if name != "auto" else f"it can hold {record['family']}"
+            return host, _reason(host, name, record, shapes, refusals)
     raise ConfigError(
-        "No native architecture can hold this conversion.",
-        value=f"moe.host={name}; " + "; ".join(f"{n}: {why}" for n, why in refusals.items()),
-        rule="transformers must be able to load the result with no custom code",
-        remedy="convert every layer, or another model; `python -m pipeline inspect <model>` "
+        "No architecture can hold this conversion.",
+        value=f"moe.host={name}; " + _told(refusals),
+        rule="the host can hold the dense model with these sparse layers",
+        remedy="set moe.host=auto, or convert another model; `python -m pipeline inspect <model>` "
         "says what can host it",
     )
+
+
+def _reason(
+    host: Host,
+    name: str,
+    record: Mapping[str, Any],
+    shapes: Shapes,
+    refusals: Mapping[str, str | None],
+) -> str:
+    parts = ["configured" if name != "auto" else f"it can hold {record['family']}"]
+    if host.remote_code:
+        parts += [f"no native one can: {_told(refusals)}"] if _told(refusals) else []
+        parts += [REMOTE_CODE]
+    if any(shape.routing == "expert_choice" for shape in shapes.values()):
+        parts += [EXPERT_CHOICE_CAUTION]
+    return "; ".join(parts)
+
+
+def _told(refusals: Mapping[str, str | None]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in refusals.items() if why)
 
 
 def explain(record: Mapping[str, Any]) -> dict[str, str]:
@@ -131,18 +237,14 @@ def explain(record: Mapping[str, Any]) -> dict[str, str]:
         )
         for ffn in record["layers"]
     }
-    return {name: can_host(host, record, shapes) or "yes" for name, host in HOSTS.items()}
+    answers = {}
+    for name, host in HOSTS.items():
+        yes = f"yes; {REMOTE_CODE}" if host.remote_code else "yes"
+        answers[name] = can_host(host, record, shapes) or yes
+    return answers
 
 
-def config_fields(host: Host, record: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """The host's configuration: the dense model's own fields, and those that make it sparse."""
-    kept = {k: v for k, v in record["config"].items() if k not in host.dropped | NOT_KEPT}
-    return kept | host.config(record["config"], next(iter(shapes.values())))
-
-
-NOT_KEPT = frozenset({"architectures", "model_type", "transformers_version", "_name_or_path"})
-
-
-def rename(host: Host, layer: int, name: str) -> str:
-    """The host's full name of a SparseMoE's parameter."""
-    return host.layer_prefix.format(layer=layer) + host.tensors[name]
+def rename(host: Host, layer: int, path: str, name: str) -> str:
+    """The host's full name of a parameter of the SparseMoE at `path` in the dense model."""
+    own = name if host.tensors is None else host.tensors[name]
+    return host.layer_prefix.format(layer=layer, path=path) + own

@@ -97,6 +97,18 @@ def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, experts: Experts) 
     return _Combine.apply(out, weights_TK, rows.token_N, rows.row_TK)
 
 
+def taken(x_TD: Tensor, weights_EC: Tensor, tokens_EC: Tensor, experts: Experts) -> Tensor:
+    """Where the experts choose: each has C rows, so that nothing is padded."""
+    inner = torch.bmm(x_TD[tokens_EC], experts.inner_EUD.transpose(1, 2))
+    if experts.inner_bias_EU is not None:
+        inner = inner + experts.inner_bias_EU[:, None]
+    out = torch.bmm(experts.hidden(inner), experts.down_EDH.transpose(1, 2))
+    if experts.down_bias_ED is not None:
+        out = out + experts.down_bias_ED[:, None]
+    weighted_ECD = out * weights_EC[:, :, None]
+    return torch.zeros_like(x_TD).index_add(0, tokens_EC.flatten(), weighted_ECD.flatten(0, 1))
+
+
 KERNELS: dict[str, Kernel] = {"padded": padded, "grouped": grouped, "loop": loop}
 
 

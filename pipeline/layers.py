@@ -45,7 +45,7 @@ def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
-    """The layer on the CPU, and its record.
+    """The layer on the CPU in evaluation mode, and its record.
 
     Raises:
         ArtifactError: a file is missing or damaged, or the tensors are not those of the shape.
@@ -64,7 +64,7 @@ def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
         differing = sorted(wanted.items() ^ found.items())
         raise _unusable(folder, f"its tensors are not those of its shape: {differing}")
     moe.load_state_dict(tensors)
-    return moe, record
+    return moe.eval(), record
 
 
 def write_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:

@@ -13,21 +13,34 @@ products take 42 ms. Where each expert has more weights than tokens the cast wei
 Shapes: T tokens, D d_model, H d_ff_expert, E experts, K top_k.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.kernels import KERNELS, Experts
-from pipeline.router import Routing, route
+from pipeline.kernels import KERNELS, Experts, taken
+from pipeline.router import (
+    ExpertChoice,
+    Router,
+    Routing,
+    choose_experts,
+    choose_tokens,
+    choose_tokens_alone,
+    thresholds,
+)
 from pipeline.shape import MoEShape
 
 
 class SparseMoE(nn.Module):
-    """Token-choice experts. `kernel` is a name in `kernels.KERNELS`: how, not what, is computed.
+    """A router and its experts. `kernel`, a name in `kernels.KERNELS`: how, not what, is computed.
 
-    Parameters: `router.weight` (E, D); `gate_up_proj` (E, 2H, D), gate first, where gated, else
-    `up_proj` (E, H, D); `down_proj` (E, D, H); where the dense FFN has biases `gate_up_bias`
-    (E, 2H) or `up_bias` (E, H), and `down_bias` (E, D). They are zero until loaded:
+    In training mode experts that choose their tokens choose among the whole batch; in evaluation
+    mode each token is decided alone (`router.py`). Experts of different widths are padded with
+    zeros to `d_ff_expert`, the widest: a neuron of zeros adds nothing and gets no gradient.
+
+    Parameters: those of `router` (a `router.Router`); `gate_up_proj` (E, 2H, D), gate first, where
+    gated, else `up_proj` (E, H, D); `down_proj` (E, D, H); where the dense FFN has biases
+    `gate_up_bias` (E, 2H) or `up_bias` (E, H), and `down_bias` (E, D). They are zero until loaded:
     `start.start_layer` makes a start.
     """
 
@@ -39,8 +52,7 @@ class SparseMoE(nn.Module):
         E, D, H = shape.n_experts, shape.d_model, shape.d_ff_expert
         self.inner = "gate_up" if shape.gated else "up"
         U = 2 * H if shape.gated else H
-        self.router = nn.Linear(D, E, bias=False)
-        nn.init.zeros_(self.router.weight)
+        self.router = Router(shape)
         self.register_parameter(f"{self.inner}_proj", nn.Parameter(torch.zeros(E, U, D)))
         self.register_parameter("down_proj", nn.Parameter(torch.zeros(E, D, H)))
         if shape.bias:
@@ -57,20 +69,25 @@ class SparseMoE(nn.Module):
         routing = self.route(x_TD)
         dtype = self._compute_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            y_TD = KERNELS[self.kernel](
-                x_TD.to(dtype),
-                routing.expert_weights.to(dtype),
-                routing.expert_ids,
-                self.experts(dtype),
-            )
+            weights, experts = routing.expert_weights.to(dtype), self.experts(dtype)
+            if isinstance(routing, ExpertChoice):
+                y_TD = taken(x_TD.to(dtype), weights, routing.token_ids, experts)
+            else:
+                kernel = KERNELS[self.kernel]
+                y_TD = kernel(x_TD.to(dtype), weights, routing.expert_ids, experts)
         return y_TD.view_as(x), routing
 
     def route(self, x_TD: Tensor) -> Routing:
-        """The experts of each token, in float32 (float64 where the weights are)."""
-        dtype = torch.promote_types(self.router.weight.dtype, torch.float32)
+        """Who works on which token, in float32 (float64 where the weights are)."""
+        shape = self.shape
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits = F.linear(x_TD.to(dtype), self.router.weight.to(dtype))
-            return route(logits, self.shape.top_k, self.shape.router_function)
+            logits = self.router(x_TD)
+            if shape.capacity_factor is None:
+                bias = self.router.balance_bias if shape.balance_bias else None
+                return choose_experts(logits, shape.top_k, shape.router_function, bias)
+            if self.training:
+                return choose_tokens(logits, shape.capacity_factor)
+            return choose_tokens_alone(logits, self.router.threshold)
 
     def experts(self, dtype: torch.dtype) -> Experts:
         """The experts' weights, cast; the cast is part of the gradient."""
@@ -85,10 +102,24 @@ class SparseMoE(nn.Module):
             self.shape.gated,
         )
 
+    def adopt(self, shape: MoEShape, tensors: Mapping[str, Tensor]) -> None:
+        """Take the state of a layer of the same kind whose experts may have other widths."""
+        self.shape = shape
+        for name, own in [*self.named_parameters(), *self.named_buffers()]:
+            own.data = tensors[name].to(own.device, own.dtype)
+
     def _compute_dtype(self, device_type: str) -> torch.dtype:
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.down_proj.dtype
+
+
+@torch.no_grad()
+def fit_thresholds(moe: SparseMoE, x_TD: Tensor) -> None:
+    """Set what each expert takes at inference by what it would take of these rows."""
+    if moe.shape.capacity_factor is not None:
+        logits = moe.router(x_TD)
+        moe.router.threshold.copy_(thresholds(logits, moe.shape.capacity_factor))
 
 
 @torch.no_grad()
@@ -102,10 +133,8 @@ def fit_scale(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor) -> float:
     y_hat, routing = moe.forward_routed(x_TD)
     bias = torch.zeros_like(y_hat, dtype=torch.float64)
     if moe.shape.bias:
-        per_expert = torch.zeros_like(routing.router_logits).scatter_(
-            1, routing.expert_ids, routing.expert_weights
-        )
-        bias = (per_expert @ moe.get_parameter("down_bias").to(per_expert.dtype)).double()
+        weights_TE = routing.weights_TE()
+        bias = (weights_TE @ moe.get_parameter("down_bias").to(weights_TE.dtype)).double()
     part, target = y_hat.double() - bias, y_TD.double() - bias
     power = float((part * part).sum())
     scale = float((part * target).sum()) / power if power else 1.0

@@ -4,6 +4,7 @@
 never a copy of somebody else's weights. Read without torch or transformers.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,14 @@ def check_layers(layers: list[int], n_layers: int) -> None:
             rule=f"the model has {n_layers} layers: 0 to {n_layers - 1}",
             remedy=f"remove {beyond} from model.layers",
         )
+
+
+def spans(indices: Iterable[int]) -> str:
+    """`0-3, 5` for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

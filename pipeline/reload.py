@@ -5,6 +5,7 @@ python -I reload.py <checkpoint> <token ids as JSON> <new tokens> <output.safete
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -23,9 +24,11 @@ def compute(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[
 
 
 def main(checkpoint: str, ids: str, new_tokens: str, output: str) -> None:
+    recorded = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
     loaded = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=torch.float32,
+        trust_remote_code=recorded["model_type"] == "sparse_distilled",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the info too, and refused below by name
     )

@@ -7,8 +7,9 @@ Equal figures give equal bytes: no clock, no random identifiers.
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -19,12 +20,22 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pipeline import workdir
+from pipeline.config import Host
+from pipeline.record import spans
 from pipeline.shape import MoEShape
 
 INK = "#123456"  # stands for the page's own text colour until the SVG is inlined
 DENSE, SPARSE = "#8a8f98", "#2f7ed8"
 # The page is HTML: it needs no namespaces, and matplotlib's group names repeat in each picture.
 NOT_NEEDED = re.compile(r' xmlns(:\w+)?="[^"]*"| id="[A-Za-z0-9.]+_\d+"')
+ROUTING = (
+    "experts_per_token",
+    "unserved_tokens",
+    "load_max_over_mean",
+    "load_entropy",
+    "dead_experts",
+)
+MOST_PANELS = 12  # layers whose experts' widths are drawn
 LINES = ("#2f7ed8", "#e4572e", "#3aa655", "#a05195", "#d4a017", "#17a2b8", "#8c564b", "#e377c2")
 
 mpl.use("agg")
@@ -51,15 +62,15 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `metrics.json`, `report.html`, `README.md` (the model card), `summary.txt`, tables.
 
     Args:
-        content: `name`, `settings` (of the evaluation), `manifests` (by artefact), and all that
-            `evaluation.measure` returns.
+        content: `name`, `settings` (of the evaluation), `manifests` (by artefact), `left_dense`
+            (indices of the layers that kept their FFN), and all that `evaluation.measure` returns.
     """
     rows = layer_rows(content["metrics"]["layers"])
     shown = {**content, **_derived(content), "layer_rows": rows}
     workdir.write_json(folder / "metrics.json", content["metrics"])
     workdir.write_json(folder / "layers.json", rows)
     page = _environment(autoescape=True).get_template("report.html.j2")
-    html = page.render(shown, pictures=pictures(content))
+    html = page.render(shown, pictures=pictures(content, shown["resized"]))
     (folder / "report.html").write_text(html, encoding="utf-8")
     for template, name in (("card.md.j2", "README.md"), ("summary.txt.j2", "summary.txt")):
         text = _environment(autoescape=False).get_template(template).render(shown)
@@ -77,35 +88,121 @@ def _environment(autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": lambda share: f"{100 * share:.1f} %"}
+    environment.filters |= {
+        "number": _number,
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "times": lambda ratio: f"{ratio:.3g}x",
+        "spans": spans,
+    }
     return environment
 
 
 def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
     """What the pages show of the layers' records and of the artefacts' manifests."""
-    layers, manifests = content["layers"], content["manifests"]
+    layers, manifests, metrics = content["layers"], content["manifests"], content["metrics"]
+    shapes = {k: MoEShape(**layer["shape"]) for k, layer in layers.items()}
+    tokens = {name: count["tokens"] for name, count in content["tokens"].items()}
+    host, good = next(iter(layers.values()))["host"], metrics["good_layers"]
+    native = host != Host.sparse_distilled.name
     settings: dict[str, Any] = dict(content["settings"])
     for manifest in manifests.values():
         settings |= manifest["settings"]
     return {
-        "host": next(iter(layers.values()))["host"],
-        "widest": max(len(m["routing"]["load"]) for m in content["metrics"]["layers"].values()),
-        "shapes": {k: MoEShape(**layer["shape"]) for k, layer in layers.items()},
+        "host": host,
+        "native": native,
+        "most_experts": max(len(m["routing"]["load"]) for m in metrics["layers"].values()),
+        "by_shape": _by_shape(shapes),
+        "resized": _resized(layers, shapes),
+        "warnings": _warnings(layers),
+        "unserved": _most_unserved(metrics["layers"], shapes),
+        "verdicts": f"{good['good']} of {good['of']} layers good: cosine above "
+        f"{good['cosine_above']:g}.",
+        "trust": "" if native else ", trust_remote_code=True",
+        "most_panels": MOST_PANELS,
+        "routing_names": list(ROUTING),
+        "judged_of": ", ".join(
+            f"the first {judged:,} of {tokens[name]:,} tokens of {name}"
+            for name, judged in metrics["judged_tokens"].items()
+            if judged < tokens[name]
+        ),
         "settings": dict(sorted(settings.items())),
         "versions": manifests["convert"]["versions"],
         "revision": manifests["dense"]["settings"]["model.revision"],
     }
 
 
+def _by_shape(shapes: Mapping[int, MoEShape]) -> list[dict[str, Any]]:
+    """One row for each distinct shape, in the order of its first layer."""
+    return [
+        {
+            "configuration": _configuration(shape),
+            "shape": shape,
+            "layers": [k for k, other in shapes.items() if other == shape],
+        }
+        for shape in dict.fromkeys(shapes.values())
+    ]
+
+
+def _configuration(shape: MoEShape) -> str:
+    """For example `d_ff_expert=0.125 (64), n=16, top-2`."""
+    narrowest, widest = min(shape.widths), max(shape.widths)
+    if narrowest == widest:
+        width = f"{widest / shape.d_ff:.4g} ({widest})"
+    else:
+        width = f"{narrowest} to {widest}, mean {sum(shape.widths) / shape.n_experts:.4g}"
+    chosen = f"top-{shape.top_k}"
+    if shape.capacity_factor is not None:
+        chosen = f"expert choice at capacity {shape.capacity_factor:g}"
+    router = f", MLP router of {shape.router_width}" if shape.router_width else ""
+    bias = ", balance bias" if shape.balance_bias else ""
+    return f"d_ff_expert={width}, n={shape.n_experts}, {chosen}{router}{bias}"
+
+
+def _resized(
+    layers: Mapping[int, Mapping[str, Any]], shapes: Mapping[int, MoEShape]
+) -> dict[int, dict[str, Any]]:
+    """Layers of dynamic experts: the `sizes` over training, and the widths that were `kept`."""
+    return {
+        k: {"sizes": layer["training"]["sizes"], "kept": shapes[k].widths}
+        | {name: layer["training"][name] for name in ("steps", "best_step")}
+        for k, layer in layers.items()
+        if "sizes" in layer["training"]
+    }
+
+
+def _warnings(layers: Mapping[int, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """What training warned of, and in which layers."""
+    found: dict[str, list[int]] = {}
+    for k, layer in layers.items():
+        for text in layer["training"]["warnings"]:
+            found.setdefault(text, []).append(k)
+    return found
+
+
+def _most_unserved(
+    layers: Mapping[str, Mapping[str, Any]], shapes: Mapping[int, MoEShape]
+) -> dict[str, Any] | None:
+    """The layer in which most tokens found no expert; null where tokens choose."""
+    shares = {
+        k: layers[str(k)]["routing"]["unserved_tokens"]
+        for k, shape in shapes.items()
+        if shape.routing == "expert_choice"
+    }
+    if not shares:
+        return None
+    most = max(shares, key=shares.__getitem__)
+    return {"layer": most, "share": shares[most]}
+
+
 def layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One flat row per layer, in order."""
     names = ("mse", "relative_mse", "cosine_sim", "cosine_sim_p5")
-    routing = ("load_max_over_mean", "load_entropy", "dead_experts")
     return [
-        {"layer": int(k)}
+        {"layer": int(k), "verdict": layers[k]["verdict"]}
         | {name: layers[k][name] for name in names}
         | {f"first_token_{name}": layers[k]["first_token"][name] for name in names[1:3]}
-        | {name: layers[k]["routing"][name] for name in routing}
+        | {"active_ffn_fraction": layers[k]["active_ffn_fraction"]}
+        | {name: layers[k]["routing"][name] for name in ROUTING}
         for k in sorted(layers, key=int)
     ]
 
@@ -133,23 +230,42 @@ def _number(value: float | None) -> str:
 # Pictures
 
 
-def pictures(content: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> SVG, as it stands in the page."""
+def pictures(
+    content: Mapping[str, Any], resized: Mapping[int, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Name -> SVG, as it stands in the page; `widths` only where experts were `resized`."""
     metrics, history = content["metrics"], content["history"]
     layers = {int(k): m for k, m in metrics["layers"].items()}
     rows = min(max(len(layers), 3), 16)  # room for the scale's name, and no taller than a screen
-    return {
+    drawn = {
         "perplexity": _drawn(lambda ax: _perplexity(ax, metrics), width=3.8),
         "cosine": _drawn(lambda ax: _per_layer(ax, layers, "cosine_sim", "cosine_sim_p5")),
         "error": _drawn(lambda ax: _per_layer(ax, layers, "relative_mse")),
         "training": _drawn(lambda ax: _training(ax, history), width=5.6),
         "load": _drawn(lambda ax: _load(ax, layers), width=5.6, height=1.1 + 0.22 * rows),
     }
+    if resized:
+        shown = dict(sorted(resized.items())[:MOST_PANELS])
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
+        drawn["widths"] = _drawn(
+            lambda axes: _widths(axes.flat, shown),
+            width=1.2 + 1.9 * columns,
+            height=0.5 + 1.5 * rows,
+            grid={"nrows": rows, "ncols": columns, "sharey": True, "squeeze": False},
+        )
+    return drawn
 
 
-def _drawn(draw: Any, width: float = 4.6, height: float = 2.6) -> str:
+def _drawn(
+    draw: Callable[[Any], None],
+    width: float = 4.6,
+    height: float = 2.6,
+    grid: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """`draw` gets the axes: one, or a `grid` of them."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure.subplots())
+    draw(figure.subplots(**grid))
     out = io.StringIO()
     described = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=described)
@@ -198,6 +314,25 @@ def _training(ax: Axes, history: Mapping[int, Sequence[Mapping[str, float]]]) ->
     else:
         scale = ScalarMappable(Normalize(min(history), max(history)), "viridis")
         ax.figure.colorbar(scale, ax=ax, label="layer", aspect=30)
+
+
+def _widths(panels: Iterable[Axes], resized: Mapping[int, Mapping[str, Any]]) -> None:
+    """A line per expert, in the colour of its index."""
+    panels = list(panels)
+    for ax, (layer, of) in zip(panels, resized.items(), strict=False):
+        steps = [row["step"] for row in of["sizes"]]
+        end = max(of["steps"], steps[-1])
+        experts = list(zip(*(row["widths"] for row in of["sizes"]), strict=True))
+        shades = mpl.colormaps["viridis"].resampled(len(experts))
+        for e, widths in enumerate(experts):
+            path = {"drawstyle": "steps-post", "color": shades(e), "linewidth": 1.2}
+            ax.plot([*steps, end], [*widths, widths[-1]], **path)
+        ax.axvline(of["best_step"], color=INK, linestyle="--", linewidth=0.8)
+        ax.set_title(f"layer {layer}", fontsize=9)
+        ax.set_xlabel("step")
+    for ax in panels[len(resized) :]:
+        ax.set_axis_off()
+    panels[0].set_ylabel("neurons of an expert")
 
 
 def _load(ax: Axes, layers: Mapping[int, Mapping[str, Any]]) -> None:

@@ -26,6 +26,11 @@ def silent(done: int, total: int, note: str = "") -> None:
     """The progress of a call that nobody watches."""
 
 
+def warn(text: str) -> None:
+    """Say what a run goes on with and its user should know."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def configure(cfg: RuntimeConfig) -> None:
     """Set up threads and other libraries' bars before torch is imported.
 

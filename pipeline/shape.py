@@ -12,6 +12,10 @@ MIN_WIDTH = 8
 """Smallest `moe.d_ff_expert` written as neurons, so that no integer can be meant as a fraction."""
 
 
+WIDTH_STEP = 8
+"""Dynamic experts grow and shrink by whole multiples of this, so that bf16 kernels take them."""
+
+
 @dataclass(frozen=True)
 class MoEShape:
     """One SparseMoE and the dense FFN that it takes the place of; JSON by `dataclasses.asdict`."""
@@ -25,6 +29,25 @@ class MoEShape:
     gated: bool  # act(gate_proj x) * up_proj x, not act(up_proj x)
     bias: bool  # the dense FFN has a bias on any projection; every expert projection then has one
     router_function: str  # a name in router.ROUTER_FUNCTIONS
+    routing: str = "token_choice"  # or expert_choice
+    capacity_factor: float | None = None  # expert choice: experts per token, on average
+    router_width: int = 0  # units of an MLP router's hidden layer; 0 = a linear router
+    balance_bias: bool = False  # the router has a bias that selects and never weighs
+    expert_widths: tuple[int, ...] | None = None  # where they differ; d_ff_expert is the widest
+
+    def __post_init__(self) -> None:
+        if self.expert_widths is not None:  # JSON gives a list
+            object.__setattr__(self, "expert_widths", tuple(self.expert_widths))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """True neurons of each expert."""
+        return self.expert_widths or (self.d_ff_expert,) * self.n_experts
+
+    @property
+    def experts_per_token(self) -> float:
+        """On average, where the experts choose."""
+        return self.top_k if self.capacity_factor is None else self.capacity_factor
 
     @property
     def groups(self) -> int:
@@ -37,12 +60,15 @@ class MoEShape:
         return self.n_experts // self.groups
 
     @property
-    def expert_parameters(self) -> int:
-        return self._ffn_parameters(self.d_ff_expert)
+    def expert_parameters(self) -> float:
+        """Of one expert; their mean where widths differ."""
+        return sum(map(self._ffn_parameters, self.widths)) / self.n_experts
 
     @property
     def router_parameters(self) -> int:
-        return self.n_experts * self.d_model
+        linear = self.n_experts * self.d_model
+        hidden = self.router_width * (self.d_model + self.n_experts)
+        return linear + hidden + self.balance_bias * self.n_experts
 
     @property
     def dense_parameters(self) -> int:
@@ -51,22 +77,24 @@ class MoEShape:
 
     @property
     def total_parameters(self) -> int:
-        return self.n_experts * self.expert_parameters + self.router_parameters
+        return sum(map(self._ffn_parameters, self.widths)) + self.router_parameters
 
     @property
     def active_parameters(self) -> int:
-        return self.top_k * self.expert_parameters + self.router_parameters
+        """Per token; with the experts' mean where widths or the number of experts vary."""
+        return round(self.experts_per_token * self.expert_parameters) + self.router_parameters
 
     @property
     def active_ffn_fraction(self) -> float:
-        """Neurons run per token over the dense FFN's, the router left out."""
-        return self.top_k * self.d_ff_expert / self.d_ff
+        """Neurons run per token over the dense FFN's, the router left out; at an even load."""
+        return self.experts_per_token * sum(self.widths) / self.n_experts / self.d_ff
 
     @property
     def active_flops_fraction(self) -> float:
         """FLOPs of the matrix products run per token over the dense FFN's, the router included."""
         projections = 3 if self.gated else 2
-        return self.active_ffn_fraction + self.n_experts / (projections * self.d_ff)
+        router = self.n_experts + self.router_width * (1 + self.n_experts / self.d_model)
+        return self.active_ffn_fraction + router / (projections * self.d_ff)
 
     def _ffn_parameters(self, width: int) -> int:
         inner = 2 if self.gated else 1
@@ -166,4 +194,18 @@ def check_virtual_groups(shape: MoEShape, init: str, router_init: str) -> None:
             value=f"moe.router_init=zero, {shape.replicas} replicas",
             rule="with several replicas their router rows must differ",
             remedy="set moe.router_init=random or ridge",
+        )
+
+
+def check_dynamic(shape: MoEShape, min_d_ff: int, max_d_ff: int) -> None:
+    """Raise `ConfigError` where experts cannot grow and shrink from this width."""
+    width = shape.d_ff_expert
+    if not min_d_ff <= width <= max_d_ff or width % WIDTH_STEP:
+        nearest = min(max(width, min_d_ff), max_d_ff) // WIDTH_STEP * WIDTH_STEP
+        raise ConfigError(
+            "Dynamic experts cannot start at this width.",
+            value=f"width {width} of moe.d_ff_expert",
+            rule=f"a multiple of {WIDTH_STEP} between moe.dynamic.min_d_ff={min_d_ff} and "
+            f"moe.dynamic.max_d_ff={max_d_ff}",
+            remedy=f"set moe.d_ff_expert={max(nearest, WIDTH_STEP)}, or widen the bounds",
         )

@@ -21,9 +21,13 @@ T = TypeVar("T")
 
 def permutation(n: int, *purpose: object) -> Tensor:
     """A permutation of range(n), int64, determined by n and `purpose`."""
+    return torch.from_numpy(generator(*purpose).permutation(n))
+
+
+def generator(*purpose: object) -> np.random.Generator:
+    """Random numbers determined by `purpose`."""
     key = hashlib.sha256(repr(purpose).encode()).digest()[:16]
-    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return torch.from_numpy(rng.permutation(n))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
 def locate(sizes: Sequence[int], row: int) -> tuple[int, int]:

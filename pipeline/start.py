@@ -18,9 +18,9 @@ from torch import Tensor
 from pipeline.config import MoEConfig, RouterInit
 from pipeline.experts import group_contributions, slice_partition, start_experts
 from pipeline.ffn import DenseFFN
-from pipeline.moe import SparseMoE, fit_scale
+from pipeline.moe import SparseMoE, fit_scale, fit_thresholds
 from pipeline.shape import MoEShape
-from pipeline.store import LayerReader
+from pipeline.store import Rows
 
 ROUTER_STD = 0.02  # of random rows, as transformers initialises a router
 RIDGE_ROWS = 16384  # training tokens that a ridge start looks at
@@ -30,7 +30,7 @@ REPLICA_STD = 4.0  # of the replicas' common part, in standard deviations of the
 
 
 def start_layer(
-    ffn: DenseFFN, plan: Mapping[str, Any], cfg: MoEConfig, reader: LayerReader, *, seed: int
+    ffn: DenseFFN, plan: Mapping[str, Any], cfg: MoEConfig, reader: Rows, *, seed: int
 ) -> SparseMoE:
     """An untrained layer on the CPU, the same for the same arguments.
 
@@ -46,18 +46,22 @@ def start_layer(
     experts = start_experts(
         ffn, shape, plan["init"], init_noise=cfg.init_noise, generator=generator
     )
-    moe = SparseMoE(shape)
+    moe = SparseMoE(shape).eval()
     router = start_router(ffn, shape, plan["init"], cfg, reader, generator)
-    moe.load_state_dict({**experts, "router.weight": router})
+    moe.load_state_dict({**moe.state_dict(), **experts, "router.weight": router})
+    if shape.router_width:  # its output stays zero: both kinds of router start alike
+        std = shape.d_model**-0.5
+        torch.nn.init.normal_(moe.router.hidden_proj, std=std, generator=generator)
     if not is_exact(shape, plan["init"], cfg):
         ffn_input, ffn_output = reader.read("validation")
+        fit_thresholds(moe, ffn_input.float())
         fit_scale(moe, ffn_input.float(), ffn_output.float())
     return moe
 
 
 def is_exact(shape: MoEShape, init: str, cfg: MoEConfig) -> bool:
     """Whether the start gives the dense FFN's output, up to `moe.init_noise` (see `experts.py`)."""
-    if init == "random":
+    if init == "random" or shape.routing == "expert_choice":
         return False
     if shape.groups == 1 or cfg.virtual_groups:
         return True
@@ -71,7 +75,7 @@ def start_router(
     shape: MoEShape,
     init: str,
     cfg: MoEConfig,
-    reader: LayerReader,
+    reader: Rows,
     generator: torch.Generator,
 ) -> Tensor:
     """(E, D) float32 router rows."""

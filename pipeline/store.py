@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,28 @@ from pipeline.shuffle import Pair
 MIX_CHUNKS = 32
 """Chunks that are permuted together when a split does not stay in memory: twice this many of each
 array are held, one half in use and one being read."""
+
+
+class Rows(Protocol):
+    """What a layer is fitted to: a `LayerReader`, or what stands in for one."""
+
+    rows: dict[str, int]
+    d_model: int
+
+    def read(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        in_memory: bool = True,
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class LayerWriter:

@@ -4,11 +4,13 @@ The loss is `MSE / variance(y) + cosine_loss_weight x (1 - cosine)` plus the rou
 terms. The state with the least validation loss is kept, the start included, so training never
 makes a layer worse. A killed run goes on from its last checkpoint, bit for bit on a CPU: weights,
 optimizer, best state, history and the position in the shuffled rows (a function of seed and step).
+
+`begin` and `step` are the loop's two halves, for who brings the batches along.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +19,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import resume
-from pipeline.config import MoEConfig, Schedule, TrainConfig
+from pipeline.config import DynamicConfig, MoEConfig, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.kernels import pick_kernel
 from pipeline.layers import save_layer, write_history
-from pipeline.moe import SparseMoE
-from pipeline.router import load_balance_loss, router_z_loss
-from pipeline.runtime import Progress, silent
+from pipeline.moe import SparseMoE, fit_thresholds
+from pipeline.reallocation import ExpertLosses, plan_widths, resize_experts
+from pipeline.router import load_balance_loss, router_z_loss, routing_statistics
+from pipeline.runtime import Progress, silent, warn
+from pipeline.shape import MoEShape
 from pipeline.start import start_layer
-from pipeline.store import LayerReader
+from pipeline.store import LayerReader, Rows
+from pipeline.synthetic import SyntheticRows
+
+ROUTING = ("dead_experts", "load_max_over_mean", "load_entropy", "unserved_tokens")
+"""What of the routing of the validation rows goes to the history."""
 
 
 @dataclass
 class Fit:
-    """Everything that a checkpoint restores."""
+    """Everything that a checkpoint restores, and what a step needs beside."""
 
+    layer: int
     moe: SparseMoE
     optimizer: torch.optim.AdamW
+    losses: ExpertLosses
+    dynamic: DynamicConfig
+    seed: int
+    total: int  # steps
     best: dict[str, Tensor]
+    best_shape: MoEShape
     step: int = 0
     best_step: int = 0
     best_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
+    sizes: list[dict[str, Any]] = field(default_factory=list)  # of dynamic experts
+    warnings: dict[str, str] = field(default_factory=dict)  # kind -> the first of its kind
 
 
-def train_layer(
+def fit_layer(
     reader: LayerReader,
     ffn: DenseFFN,
     plan: Mapping[str, Any],
@@ -55,7 +71,7 @@ def train_layer(
     dtype: torch.dtype,
     progress: Progress = silent,
 ) -> SparseMoE:
-    """Fit one layer, write it to `folder` and return it.
+    """Fit one layer, write it to `folder` and return it in evaluation mode.
 
     Args:
         plan: the layer's file of the `budget` stage: `layer`, `shape`, `host`, ...
@@ -74,32 +90,74 @@ def train_layer(
             rule="at least one whole batch",
             remedy="capture more tokens (data.tokens.train) or lower train.batch_size",
         )
-    total = cfg.epochs * steps_per_epoch
-    objective = Objective(reader, cfg, device, dtype)
-    moe = start_layer(ffn, plan, moe_cfg, reader, seed=seed).to(device)
-    moe.kernel, reason = pick_kernel(device.type, dtype, moe.shape, cfg.kernel.name)
-    print(f"layer {plan['layer']}: kernel {moe.kernel} ({reason})", flush=True)
-    fit = Fit(moe, _optimizer(moe, cfg), best=_copy(moe))
+    rows: Rows = reader
+    if cfg.data_free:
+        rows = SyntheticRows(reader, ffn.to(device, torch.float32), seed=seed)
+    objective = Objective(rows, cfg, device, dtype)
+    fit = begin(
+        rows, ffn, plan, objective, moe_cfg=moe_cfg, seed=seed, total=cfg.epochs * steps_per_epoch
+    )
     if (folder / resume.CHECKPOINT).is_file():
         _restore(fit, folder / resume.CHECKPOINT)
     else:
         _validate(fit, objective)
-    for ffn_input, ffn_output in _remaining(reader, cfg, seed, fit.step, steps_per_epoch):
-        terms = _step(fit, objective, ffn_input.to(device), ffn_output.to(device), total)
-        if fit.step % cfg.evaluate_every == 0 or fit.step == total:
+    for ffn_input, ffn_output in _remaining(rows, cfg, seed, fit.step, steps_per_epoch):
+        terms = step(fit, objective, ffn_input.to(device), ffn_output.to(device))
+        if fit.step % cfg.evaluate_every == 0 or fit.step == fit.total:
             _validate(fit, objective, terms)
         if fit.step % cfg.checkpoint_every == 0:
             _check_finite(fit.step, terms)
             _save(fit, folder / resume.CHECKPOINT)
-        progress(fit.step, total, _note(fit))
-    return _finish(fit, plan, total, folder)
+        progress(fit.step, fit.total, _note(fit))
+    return _finish(fit, plan, folder)
+
+
+def begin(
+    rows: Rows,
+    ffn: DenseFFN,
+    plan: Mapping[str, Any],
+    objective: "Objective",
+    *,
+    moe_cfg: MoEConfig,
+    seed: int,
+    total: int,
+) -> Fit:
+    """The untrained layer and its optimizer, on the objective's device.
+
+    Args:
+        rows: what the start is made from; see `start.start_layer`.
+        total: steps that the schedule is made for.
+    """
+    device, layer = objective.device, plan["layer"]
+    moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed).to(device)
+    kernel = objective.cfg.kernel.name
+    moe.kernel, reason = pick_kernel(device.type, objective.dtype, moe.shape, kernel)
+    print(f"layer {layer}: kernel {moe.kernel} ({reason})", flush=True)
+    fit = Fit(
+        layer=layer,
+        moe=moe,
+        optimizer=_optimizer(moe, objective.cfg),
+        losses=ExpertLosses(moe.shape.n_experts, device),
+        dynamic=moe_cfg.dynamic,
+        seed=seed,
+        total=total,
+        best=_copy(moe),
+        best_shape=moe.shape,
+    )
+    if fit.dynamic.enabled:
+        fit.sizes.append({"step": 0, "widths": list(moe.shape.widths)})
+    return fit
 
 
 class Objective:
     """The loss of a layer against its dense FFN, and its value on the validation rows."""
 
     def __init__(
-        self, reader: LayerReader, cfg: TrainConfig, device: torch.device, dtype: torch.dtype
+        self,
+        reader: Rows,
+        cfg: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.cfg, self.device, self.dtype = cfg, device, dtype
         self.validation = reader.read("validation")
@@ -121,25 +179,46 @@ class Objective:
         cosine = F.cosine_similarity(y_hat, y, dim=-1).mean()
         return mse, self.cfg.cosine_loss_weight * (1 - cosine)
 
+    def losses(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """(T, D), (T, D) -> (T,): what each token adds to the mean of `reconstruction`."""
+        y_hat, y = y_hat.detach().float(), y.float()
+        loss_T = (y_hat - y).square().mean(dim=-1) * self.scale
+        if self.cfg.use_cosine_loss:
+            cosine_T = F.cosine_similarity(y_hat, y, dim=-1)
+            loss_T = loss_T + self.cfg.cosine_loss_weight * (1 - cosine_T)
+        return loss_T
+
     @torch.no_grad()
     def validate(self, moe: SparseMoE) -> dict[str, float]:
-        """Loss, relative_mse and cosine_sim over the whole validation split."""
+        """Loss, relative_mse, cosine_sim and `ROUTING` over the whole validation split.
+
+        In evaluation mode: as the layer will be run. What experts that choose will take is fitted
+        here first.
+        """
         loss = error = power = cosine = 0.0
         rows = len(self.validation[0])
         batches = zip(*(side.split(self.cfg.batch_size) for side in self.validation), strict=True)
+        taken = []
+        moe.eval()
+        fit_thresholds(moe, self.validation[0].to(self.device))
         for ffn_input, ffn_output in batches:
             y = ffn_output.to(self.device).float()
             with self.autocast():
-                y_hat = moe(ffn_input.to(self.device)).float()
+                y_hat, routing = moe.forward_routed(ffn_input.to(self.device))
+            y_hat = y_hat.float()
             loss += float(sum(self.reconstruction(y_hat, y))) * len(y) / rows
             error += float((y_hat - y).square().sum())
             power += float(y.square().sum())
             cosine += float(F.cosine_similarity(y_hat, y, dim=-1).sum()) / rows
+            taken.append(routing.taken_TE())
+        moe.train()
         relative = error / power if power else error
+        statistics = routing_statistics(torch.cat(taken))
         return {
             "validation_loss": loss,
             "validation_relative_mse": relative,
             "validation_cosine_sim": cosine,
+            **{name: statistics[name] for name in ROUTING},  # pyright: ignore[reportReturnType]
         }
 
 
@@ -166,7 +245,7 @@ def rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def _remaining(
-    reader: LayerReader, cfg: TrainConfig, seed: int, step: int, steps_per_epoch: int
+    reader: Rows, cfg: TrainConfig, seed: int, step: int, steps_per_epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches after `step`, epoch after epoch, each in its own order."""
     if not steps_per_epoch:
@@ -183,12 +262,14 @@ def _remaining(
         )
 
 
-def _step(
-    fit: Fit, objective: Objective, ffn_input: Tensor, ffn_output: Tensor, total: int
+def step(
+    fit: Fit, objective: Objective, ffn_input: Tensor, ffn_output: Tensor
 ) -> dict[str, Tensor]:
+    """One batch, (T, D) each, on the objective's device; returns the loss and its terms."""
     cfg, optimizer = objective.cfg, fit.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate(fit.step, total, cfg)
+        group["lr"] = group["peak"] * rate(fit.step, fit.total, cfg)
+    fit.moe.train()
     with objective.autocast():
         y_hat, routing = fit.moe.forward_routed(ffn_input)
     mse, cosine = objective.reconstruction(y_hat, ffn_output)
@@ -201,17 +282,55 @@ def _step(
         torch.nn.utils.clip_grad_norm_(fit.moe.parameters(), cfg.grad_clip)
     optimizer.step()
     fit.step += 1
+    if fit.moe.shape.balance_bias:
+        fit.moe.router.adjust_balance_bias(routing, cfg.balance_bias_rate)
+    if fit.dynamic.enabled:
+        fit.losses.add(routing, objective.losses(y_hat, ffn_output))
+        if fit.step % fit.dynamic.reallocate_every_n_steps == 0 and fit.step < fit.total:
+            _reallocate(fit)
     terms = {"loss": loss, "mse": mse, "cosine": cosine, "load_balance": balance, "router_z": z}
     return {name: term.detach() for name, term in terms.items()}
+
+
+def _reallocate(fit: Fit) -> None:
+    widths = plan_widths(fit.moe.shape.widths, fit.losses.mean(), fit.dynamic)
+    generator = torch.Generator().manual_seed(fit.seed + 1000003 * fit.layer + fit.step)
+    resize_experts(fit.moe, fit.optimizer, widths, fit.dynamic.growth, generator)
+    fit.losses.reset()
+    fit.sizes.append({"step": fit.step, "widths": list(widths)})
 
 
 def _validate(fit: Fit, objective: Objective, terms: Mapping[str, Tensor] | None = None) -> None:
     row = {name: float(term) for name, term in (terms or {}).items()}
     row |= objective.validate(fit.moe)
     _check_finite(fit.step, row)
+    _warn(fit, row)
     fit.history.append({"step": fit.step, **row})
     if row["validation_loss"] < fit.best_loss:
         fit.best_loss, fit.best_step, fit.best = row["validation_loss"], fit.step, _copy(fit.moe)
+        fit.best_shape = fit.moe.shape
+
+
+def _warn(fit: Fit, row: Mapping[str, float]) -> None:
+    """Say once of each kind what is wrong with the routing of the validation rows."""
+    shape, found = fit.moe.shape, {}
+    if row["dead_experts"]:
+        found["dead"] = f"{row['dead_experts']:.0f} of {shape.n_experts} experts get no token"
+    bound = shape.n_experts / shape.experts_per_token
+    if row["load_max_over_mean"] > (1 + bound) / 2 and bound > 1:
+        found["collapse"] = (
+            f"the routing collapses: one expert has {row['load_max_over_mean']:.1f} times an even "
+            f"share, of at most {bound:.1f}; raise train.load_balance_coef"
+        )
+    if row["unserved_tokens"]:
+        found["unserved"] = (
+            f"{row['unserved_tokens']:.1%} of the tokens are taken by no expert and get zero; "
+            "moe.routing=token_choice is recommended"
+        )
+    for kind, text in found.items():
+        if kind not in fit.warnings:
+            fit.warnings[kind] = f"step {fit.step}: {text}"
+            warn(f"layer {fit.layer}, {fit.warnings[kind]}")
 
 
 def _check_finite(step: int, row: Mapping[str, Tensor | float]) -> None:
@@ -235,29 +354,36 @@ def _copy(moe: SparseMoE) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in moe.state_dict().items()}
 
 
+KEPT = ("step", "best_step", "best_loss", "history", "sizes", "warnings")
+
+
 def _save(fit: Fit, path: Path) -> None:
-    kept = {
-        "step": fit.step,
-        "best_step": fit.best_step,
-        "best_loss": fit.best_loss,
-        "history": fit.history,
-    }
-    resume.save(path, {"model": fit.moe.state_dict(), "best": fit.best}, fit.optimizer, kept)
+    kept = {name: getattr(fit, name) for name in KEPT}
+    kept["shapes"] = [asdict(fit.moe.shape), asdict(fit.best_shape)]
+    losses = {"sum": fit.losses.sum_E, "count": fit.losses.count_E}
+    states = {"model": fit.moe.state_dict(), "best": fit.best, "losses": losses}
+    resume.save(path, states, fit.optimizer, kept)
 
 
 def _restore(fit: Fit, path: Path) -> None:
     states, kept = resume.restore(path, fit.optimizer)
-    fit.moe.load_state_dict(states["model"])
+    for name in KEPT:
+        setattr(fit, name, kept[name])
+    shape, fit.best_shape = (MoEShape(**shape) for shape in kept["shapes"])
+    fit.moe.adopt(shape, states["model"])
     fit.best = states["best"]
-    fit.step, fit.best_step = kept["step"], kept["best_step"]
-    fit.best_loss, fit.history = kept["best_loss"], kept["history"]
+    fit.losses.sum_E.copy_(states["losses"]["sum"])
+    fit.losses.count_E.copy_(states["losses"]["count"])
 
 
-def _finish(fit: Fit, plan: Mapping[str, Any], total: int, folder: Path) -> SparseMoE:
-    fit.moe.load_state_dict(fit.best)
+def _finish(fit: Fit, plan: Mapping[str, Any], folder: Path) -> SparseMoE:
+    fit.moe.adopt(fit.best_shape, fit.best)
     write_history(folder, fit.history)
     best = next(row for row in fit.history if row["step"] == fit.best_step)
-    trained = {"steps": total, "best_step": fit.best_step, "validation": best}
+    trained = {"steps": fit.total, "best_step": fit.best_step, "validation": best}
+    trained["warnings"] = list(fit.warnings.values())
+    if fit.sizes:
+        trained["sizes"] = fit.sizes
     save_layer(fit.moe, folder, {**plan, "training": trained})
     (folder / resume.CHECKPOINT).unlink(missing_ok=True)
-    return fit.moe
+    return fit.moe.eval()

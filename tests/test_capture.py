@@ -58,7 +58,7 @@ def blocks() -> dict[str, Tensor]:
 def captured(
     folder: Path,
     model: nn.Module | None = None,
-    layers: Iterable[int] = (0, 2),
+    layers: Iterable[int | str] | None = (0, 2),
     tokens: Mapping[str, Tensor] | None = None,
     progress: runtime.Progress = runtime.silent,
     dtype: torch.dtype = torch.float32,
@@ -69,7 +69,7 @@ def captured(
         model or tiny(),
         tokens or blocks(),
         folder,
-        layers=list(layers),
+        layers=layers,
         cfg=CaptureConfig(**vars(CONFIG) | changes),
         dtype=dtype,
         attributes={"tokens": "t"},
@@ -233,6 +233,46 @@ def test_capture_of_some_layers_gives_the_same_stores_and_no_others(
     assert some == layer_files(undisturbed, 0, 2)
 
 
+@pytest.mark.parametrize(
+    ("layers", "meant"),
+    [(None, [0, 1, 2]), (["*.mlp"], [0, 1, 2]), (["*.2.*", 0, "model.layers.0.mlp"], [0, 2])],
+)
+def test_capture_takes_layers_by_name(undisturbed: Path, tmp_path: Path, layers, meant: list[int]):
+    assert files(captured(tmp_path / "a", layers=layers)) == layer_files(undisturbed, *meant)
+
+
+def uneven() -> tf.PreTrainedModel:
+    model = tiny()
+    for layer, width in zip(model.model.layers, (24, 40, 8), strict=True):
+        layer.mlp = type(layer.mlp)(tiny(1, intermediate_size=width).config)
+    return model
+
+
+def double_wide() -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    config = tf.Gemma4TextConfig(
+        **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+        | {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+        | {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+        | {"vocab_size_per_layer_input": VOCABULARY, "use_double_wide_mlp": True}
+    )
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "widths"), [(uneven, (24, 40, 8)), (double_wide, (24, 24, 48, 48))]
+)
+def test_capture_of_layers_of_unlike_widths(tmp_path: Path, model, widths: tuple[int, ...]):
+    folder = captured(tmp_path / "a", model(), layers=None)
+    for k, width in enumerate(widths):
+        ffn = DenseFFN.load(folder / f"ffn_{k}.safetensors")
+        x, y = LayerReader(folder / f"layer_{k}.zarr").read("train")
+        assert (ffn.d_ff, ffn.d_model) == (width, 16) and x.shape == y.shape == (40, 16)
+        torch.testing.assert_close(ffn(x), y, rtol=1e-5, atol=1e-6)
+    assert not (folder / f"layer_{len(widths)}.zarr").exists()
+
+
 @pytest.mark.parametrize("batch_size", [1, 100])
 def test_batch_size_does_not_change_what_is_stored(
     undisturbed: Path, tmp_path: Path, batch_size: int
@@ -389,8 +429,9 @@ def test_a_token_without_an_embedding_row_is_refused_before_any_work(tmp_path: P
 
 
 def test_a_layer_that_the_model_lacks_is_refused_before_any_work(tmp_path: Path):
-    with pytest.raises(InputError, match="3 layers: 0 to 2"):
-        captured(tmp_path / "a", layers=[0, 3])
+    for absent in (3, "*.3.mlp"):
+        with pytest.raises(InputError, match="0 to 2"):
+            captured(tmp_path / "a", layers=[0, absent])
     assert files(tmp_path / "a") == {}
 
 

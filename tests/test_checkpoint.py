@@ -1,4 +1,4 @@
-"""What is saved is what was trained: exact starts, opened again by stock transformers.
+"""What is saved is what was trained: exact starts, opened again by transformers alone.
 
 An exact start (all experts of a carve, or virtual groups) has the dense model's logits, untrained;
 whatever the way through capture, plan, start, saving and loading loses or renames, they show it.
@@ -18,6 +18,7 @@ import torch
 import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_start import DYNAMIC
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -31,14 +32,16 @@ from pipeline.config import (
     Host,
     Init,
     MoEConfig,
+    Router,
     RouterInit,
+    Routing,
     RuntimeConfig,
 )
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.experts import start_experts
 from pipeline.ffn import DenseFFN
 from pipeline.layers import layer_folders, save_layer
-from pipeline.moe import SparseMoE
+from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.shape import MoEShape
 from pipeline.stages import convert
 from pipeline.start import is_exact, start_layer
@@ -63,6 +66,13 @@ CARVE = MoEConfig(
     virtual_groups=False,
     router_init=RouterInit.zero,
     host=Host.auto,
+    routing=Routing.token_choice,
+    capacity_factor=1.25,
+    router=Router.linear,
+    router_width=8,
+    balance_bias=False,
+    per_layer=[],
+    dynamic=DYNAMIC,
 )
 VIRTUAL = dataclasses.replace(
     CARVE, n_experts=12, virtual_groups=True, router_init=RouterInit.random
@@ -371,7 +381,177 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+# Our own modelling file, and experts that grew
+
+OWN_LAYER = MoEShape(32, 64, 16, 6, 2, "silu", True, False, "softmax_topk")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnCase:
+    """A dense model, and what each sparse layer of it has otherwise."""
+
+    layers: dict[int, dict]
+    family: str = "Llama"
+    changes: dict = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    host: str = "sparse_distilled"
+
+
+BOTH = {0: {}, 1: {}}
+CHOICE = {"routing": "expert_choice", "capacity_factor": 1.5}
+BALANCED = {"balance_bias": True}
+WIDTHS = {"expert_widths": (8, 24, 16, 8, 16, 24), "d_ff_expert": 24}
+OWN_CASES = {
+    "layers-left-dense": OwnCase({1: {}}, changes={"tie_word_embeddings": True}),
+    "layers-differ": OwnCase({0: {"n_experts": 4, "d_ff_expert": 24, "top_k": 3}, 1: {}}),
+    "expert-choice-bf16": OwnCase({0: CHOICE, 1: CHOICE}, dtype=torch.bfloat16),
+    "mlp-router": OwnCase({0: {"router_width": 5}, 1: {"router_width": 7}}),
+    "balance-bias-bf16": OwnCase({0: BALANCED, 1: BALANCED}, dtype=torch.bfloat16),
+    "expert-widths": OwnCase({0: WIDTHS, 1: {}}),
+    "gemma2": OwnCase(BOTH, "Gemma2", {"sliding_window": 8, "head_dim": 8}),
+    "gpt2-biases": OwnCase(BOTH, "GPT2", {"n_inner": 64}),
+    "mixtral-expert-widths": OwnCase(
+        {0: WIDTHS, 1: {"expert_widths": (16, 8, 8, 8, 8, 8)}}, host="mixtral"
+    ),
+}
+
+
+def random_layer(shape: MoEShape, seed: int) -> SparseMoE:
+    """Large random weights, so that each shows; those of padding are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    moe = SparseMoE(shape).eval()
+    for tensor in moe.state_dict().values():
+        tensor.normal_(std=0.2, generator=generator)
+    padding_EH = torch.arange(shape.d_ff_expert) >= torch.tensor(shape.widths)[:, None]
+    moe.down_proj.data.masked_fill_(padding_EH[:, None, :], 0)
+    fit_thresholds(moe, torch.randn(64, shape.d_model, generator=generator))
+    return moe
+
+
+def prepare_own(root: Path, case: OwnCase) -> Folders:
+    folders = Folders(root / "dense", root / "layers", root / "sparse")
+    model = tiny(case.family, case.dtype, **case.changes)
+    save_dense(model, folders.dense)
+    slots = dense.find_ffns(model)
+    for k, changes in case.layers.items():
+        kind = {"activation": slots[k].formula.activation, "bias": slots[k].has_bias}
+        kind["gated"] = slots[k].formula.gate is not None
+        moe = random_layer(dataclasses.replace(OWN_LAYER, **kind | changes), seed=k)
+        (folders.layers / f"layer_{k}").mkdir(parents=True)
+        save_layer(moe, folders.layers / f"layer_{k}", {"layer": k, "host": case.host})
+    return folders
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders]:
+    """Read-only: a case assembled, once."""
+    done: dict[str, Folders] = {}
+
+    def get(name: str) -> Folders:
+        if name not in done:
+            folders = prepare_own(tmp_path_factory.mktemp(name), OWN_CASES[name])
+            layers = folders.layer_folders()
+            checkpoint.assemble(str(folders.dense), layers, folders.sparse, device=CPU)
+            done[name] = folders
+        return done[name]
+
+    return get
+
+
+def continued(model: tf.PreTrainedModel, **changes) -> torch.Tensor:
+    ids = checkpoint.probe(64)
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_assemble_of_what_mixtral_cannot_hold_computes_what_was_trained(name: str, own):
+    """`assemble` has already compared it with a fresh process; here with the layers in memory."""
+    folders = own(name)
+    loaded = dense.load_model(str(folders.sparse), dtype="float32")
+    assert loaded.config.model_type == OWN_CASES[name].host
+    in_memory = checkpoint.convert_to_sparse(load(folders.dense), folders.layers)
+    assert difference(load(folders.dense), in_memory) > 0.05
+    if OWN_CASES[name].dtype == torch.float32:  # else the layers in memory were not rounded
+        assert_equal_logits(loaded, in_memory)
+    assert torch.equal(continued(loaded), continued(loaded, use_cache=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["expert-choice-bf16", "balance-bias-bf16"])
+def test_assemble_keeps_the_router_of_a_bfloat16_model_as_it_was_trained(name: str, own):
+    folders = own(name)
+    stored = stored_tensors(folders.sparse)
+    model = tf.AutoModelForCausalLM.from_pretrained(folders.dense)
+    in_memory = checkpoint.convert_to_sparse(model, folders.layers).state_dict()
+    for k in OWN_CASES[name].layers:
+        trained = load_file(folders.layers / f"layer_{k}" / "layer.safetensors")
+        for name_, tensor in trained.items():
+            there = stored[f"dense.model.layers.{k}.mlp.{name_}"]
+            kept = torch.float32 if name_.startswith("router.") else torch.bfloat16
+            assert there.dtype == in_memory[f"model.layers.{k}.mlp.{name_}"].dtype == kept
+            assert torch.equal(there, tensor.to(kept))
+            assert torch.equal(there, in_memory[f"model.layers.{k}.mlp.{name_}"])
+
+
+@pytest.mark.slow
+def test_reload_elsewhere_writes_nothing_into_the_cache_of_transformers(
+    own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its copy of the modelling file is its own: the home may be read-only, or another's too."""
+    (tmp_path / "home").write_text("no folder can be made below a file")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    computed = checkpoint.reload_elsewhere(own("mlp-router").sparse, 64)
+    assert computed["logits"].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layers-left-dense", "expert-widths", "gpt2-biases"])
+def test_assemble_records_every_sparse_layer_in_the_configuration(name: str, own):
+    config = workdir.read_json(own(name).sparse / "config.json")
+    trained = {
+        k: MoEShape(**workdir.read_json(path / "config.json")["shape"])
+        for k, path in own(name).layer_folders().items()
+    }
+    slots = dense.find_ffns(load(own(name).dense))
+    recorded = {path: MoEShape(**shape) for path, shape in config["sparse_layers"].items()}
+    assert recorded == {slots[k].path: shape for k, shape in trained.items()}
+
+
+@pytest.mark.slow
+def test_assemble_pads_experts_that_grew_for_mixtral_and_records_their_widths(own):
+    folder = own("mixtral-expert-widths").sparse
+    model = load(folder)
+    assert type(model) is tf.MixtralForCausalLM and model.config.intermediate_size == 24
+    layers = OWN_CASES["mixtral-expert-widths"].layers
+    widths = {str(k): changes["expert_widths"] for k, changes in layers.items()}
+    model.save_pretrained(folder.parent / "again")
+    for place in (folder, folder.parent / "again"):
+        recorded = tf.AutoConfig.from_pretrained(place)
+        assert {k: tuple(w) for k, w in getattr(recorded, hosts.EXPERT_WIDTHS).items()} == widths
+    stored = stored_tensors(folder)
+    narrow = stored["model.layers.1.block_sparse_moe.experts.0.w1.weight"]
+    assert narrow[:16].any() and not narrow[16:].any()
+
+
+@pytest.mark.parametrize("kind", [{}, {"gated": False}, {"bias": True}])
+@torch.inference_mode()
+def test_pad_experts_changes_no_output(kind: dict):
+    moe = random_layer(dataclasses.replace(OWN_LAYER, **kind), seed=0)
+    wide = checkpoint.pad_experts(moe, dataclasses.replace(moe.shape, d_ff_expert=40))
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    assert wide.down_proj.shape[-1] == 40
+    torch.testing.assert_close(wide(x), moe(x))
+    assert checkpoint.pad_experts(moe, moe.shape) is moe
+
+
 # In memory
+
+
+def test_convert_to_sparse_moves_the_model_to_the_device_that_is_named(prepared: Folders):
+    model = checkpoint.convert_to_sparse(load(prepared.dense), prepared.layers, device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
 def test_convert_to_sparse_takes_each_ffns_dtype_and_stays_in_evaluation_mode(prepared: Folders):
@@ -398,7 +578,7 @@ def test_convert_to_sparse_takes_a_family_that_no_host_holds(tmp_path: Path):
 
 
 def gpt2_with_layers(folder: Path) -> tf.PreTrainedModel:
-    """A tiny GPT-2 and its carved layers below `folder`; `budget` would not plan these."""
+    """A tiny GPT-2 and its carved layers below `folder`, as for a host that does not hold it."""
     torch.manual_seed(0)
     config = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_inner=64)
     model = tf.GPT2LMHeadModel(config).eval()
@@ -523,7 +703,7 @@ def test_assemble_refuses_layers_left_dense_and_names_them(prepared: Folders):
     refused(prepared, one, ConfigError, r"mixtral cannot hold(.*\n)*.*layers \[0\] would stay")
 
 
-def test_assemble_refuses_a_family_without_host_and_says_which_it_holds(tmp_path: Path):
+def test_assemble_refuses_a_family_that_the_layers_host_does_not_hold(tmp_path: Path):
     folders = Folders(tmp_path / "dense", tmp_path / "layers", tmp_path / "sparse")
     gpt2_with_layers(folders.layers).save_pretrained(folders.dense)
     layers = folders.layer_folders()
@@ -550,7 +730,7 @@ def test_save_hosted_refuses_other_tensors_than_the_hosts_and_names_them(
     model, record = load(prepared.dense), dense.describe(load(prepared.dense))
     shapes = {k: MoEShape(32, 64, 16, 4, 4, "silu", True, False, "softmax_topk") for k in (0, 1)}
     host = hosts.HOSTS["mixtral"]
-    fields = hosts.config_fields(host, record, shapes)
+    fields = host.config(record, shapes)
     with torch.device("meta"):
         hosted = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(host.name, **fields))
     tensors = hosted.state_dict()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import compose
+from pipeline import budget, compose
 from pipeline.config import RANGES, Config, ConvertConfig, RuntimeConfig, leaves, select
 from pipeline.errors import ConfigError
+from pipeline.shape import MoEShape
 
 PROJECT = Path(__file__).parent.parent
 
@@ -98,6 +99,94 @@ def test_more_experts_per_token_than_experts_is_refused(project: Path):
     assert "top_k=9" in str(error) and "n_experts=8" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["moe.per_layer=[{layers:[9],n_experts:8}]"], "layers [9] are not converted"),
+        (["moe.per_layer=[{layers:[0]},{layers:[0,1]}]"], "layers [0] twice"),
+        (["moe.per_layer=[{layers:[0],n_experts:2}]"], "top_k=4, n_experts=2"),
+        (["moe.per_layer=[{layers:[0],n_experts:0}]"], "moe.n_experts is out of range"),
+        (["moe.per_layer=[{layers:[0],n_expertz:8}]"], "n_expertz"),
+        (["moe.routing=expert_choice", "moe.capacity_factor=17"], "moe.capacity_factor=17"),
+        (["moe.routing=expert_choice", "moe.balance_bias=true"], "moe.balance_bias=true"),
+        (["moe.routing=expert_choice", "moe.virtual_groups=true"], "moe.virtual_groups=true"),
+        (["moe.dynamic.enabled=true", "moe.dynamic.min_d_ff=9000"], "min_d_ff=9000"),
+        (["moe.dynamic.enabled=true", "moe.dynamic.max_d_ff=1001"], "max_d_ff=1001"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    project: Path, overrides: list[str], named: str
+):
+    assert named in str(refusal(*overrides))
+
+
+SEED = {  # the original's table of parameters, and what its trainer does besides
+    "moe.n_experts": 16,
+    "moe.top_k": 2,
+    "moe.capacity_factor": 1.25,
+    "moe.routing": "token_choice",
+    "moe.d_ff_expert": None,
+    "moe.init_from_dense": True,
+    "moe.init_noise": 0.01,
+    "moe.router": "linear",
+    "moe.balance_bias": False,
+    "moe.per_layer": [],
+    "moe.dynamic.enabled": False,
+    "moe.dynamic.reallocate_every_n_steps": 500,
+    "moe.dynamic.n_reallocated": 2,
+    "moe.dynamic.growth_factor": 1.25,
+    "moe.dynamic.shrink_factor": 0.8,
+    "moe.dynamic.min_d_ff": 256,
+    "moe.dynamic.max_d_ff": 8192,
+    "moe.dynamic.growth": "interpolate",
+}
+SEED_TRAINING = {
+    "train.epochs": 3,
+    "train.learning_rate": 1e-4,
+    "train.router_learning_rate": None,
+    "train.use_cosine_loss": True,
+    "train.cosine_loss_weight": 0.1,
+    "train.normalize_mse": False,
+    "train.load_balance_coef": 0.01,
+    "train.router_z_coef": 0.001,
+    "train.weight_decay": 0.01,
+    "train.warmup_steps": 100,
+    "train.schedule": "constant",
+    "train.grad_clip": 1.0,
+    "train.data_free": False,
+}
+
+
+def test_moe_seed_has_the_originals_defaults_and_leaves_the_training(project: Path):
+    chosen = select(compose.load(["moe=seed"]), ["moe", "train"])
+    assert {key: chosen[key] for key in SEED} == SEED
+    assert chosen["train.normalize_mse"] is True
+
+
+@pytest.mark.parametrize(
+    ("experiment", "d_ff_expert", "total", "active"),
+    [("seed", None, 16, 2), ("seed_half", 0.5, 8, 1), ("seed_quarter", 0.25, 4, 0.5)],
+)
+def test_experiment_seed_is_the_original_in_one_word(
+    project: Path, experiment: str, d_ff_expert: float | None, total: float, active: float
+):
+    """And its table of parameters: total and active, in dense FFNs, the router left out."""
+    cfg = compose.load([f"experiment={experiment}"])
+    wanted = SEED | SEED_TRAINING | {"moe.d_ff_expert": d_ff_expert}
+    chosen = select(cfg, wanted)
+    assert {key: chosen[key] for key in wanted} == wanted
+    layers = [{"d_ff": 8192, "gated": True, "activation": "silu", "bias": False}]
+    record = {"family": "llama", "d_model": 3072, "n_layers": 1, "layers": layers, "config": {}}
+    shape = MoEShape(**budget.uniform(record, cfg.moe, [0])[0]["shape"])
+    experts, dense = shape.total_parameters - shape.router_parameters, shape.dense_parameters
+    assert experts / dense == total and shape.active_ffn_fraction == active
+
+
+def test_experiments_combine(project: Path):
+    cfg = compose.load(["experiment=[seed_half,pico]", "moe.d_ff_expert=0.5"])
+    assert (cfg.model.name, cfg.train.normalize_mse, cfg.moe.d_ff_expert) == ("pico", False, 0.5)
+
+
 def test_an_unknown_choice_lists_the_choices(project: Path):
     error = refusal("model=gpt5")
     assert "tiny" in error.rule and "model.id" in error.remedy
@@ -123,7 +212,14 @@ def test_every_number_has_a_range_and_every_range_a_number(project: Path):
     numbers = {
         key
         for key, value in leaves(
-            compose.load(["train.router_learning_rate=1", "runtime.threads=1"])
+            compose.load(
+                [
+                    "train.router_learning_rate=1",
+                    "runtime.threads=1",
+                    "data.max_samples=1",
+                    "evaluate.max_batches=1",
+                ]
+            )
         ).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -313,6 +313,67 @@ def test_write_blocks_of_files_reads_only_what_the_budget_needs(tokenizer, tmp_p
         assert torch.equal(first, second)
 
 
+# data.max_samples
+
+
+def test_max_samples_of_the_embedded_text_keep_to_the_splits_of_the_whole(documents, splits):
+    """Else `heldout` would hold what the dense model was trained on, or near copies of it."""
+    cfg = data_config(DataSource.embedded, max_samples=5000)
+    read, cut = corpus.read_splits(cfg)
+    assert read == 5000
+    first = set(documents[:5000])
+    assert cut == {name: [d for d in part if d in first] for name, part in splits.items()}
+    by_itself = corpus.split(documents[:5000])
+    assert set(by_itself["heldout"]) - set(cut["heldout"]), "a smaller text splits otherwise"
+
+
+def test_max_samples_beyond_the_embedded_text_change_nothing(documents, splits):
+    found = corpus.read_splits(data_config(DataSource.embedded, max_samples=10_000))
+    assert found == (len(documents), splits) and len(documents) < 10_000
+
+
+def test_max_samples_of_files_are_counted_over_them_all_and_before_deduplication(tmp_path: Path):
+    rows = [json.dumps({"text": words(60, seed // 2)}) for seed in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows[:30]))
+    (tmp_path / "b.jsonl").write_text("\n".join(rows[30:]))
+    (tmp_path / "unread.jsonl").write_text("not a row")
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "unread")]
+    read, parts = corpus.read_splits(data_config(DataSource.files, files=files, max_samples=36))
+    texts = {d.text for part in parts.values() for d in part}
+    assert read == 36 and texts == {words(60, seed) for seed in range(18)}
+    read, parts = corpus.read_splits(data_config(DataSource.files, files=files[:2]))
+    assert read == 40 and sum(map(len, parts.values())) == 20
+
+
+def test_max_samples_are_joined_runs_where_rows_are_lines(tmp_path: Path):
+    lines = [f"{i} {words(12, i)}" for i in range(400)]
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
+    files = [str(tmp_path / "a.txt")]
+    read, parts = corpus.read_splits(data_config(DataSource.files, files=files, max_samples=2))
+    runs = [d.text for d in file_documents(files, "text")]
+    assert len(runs) > 2 < len(runs[0].splitlines())
+    assert read == 2 and {d.text for part in parts.values() for d in part} == set(runs[:2])
+
+
+def test_write_blocks_record_how_many_documents_were_read(tokenizer, tmp_path: Path):
+    rows = [json.dumps({"text": words(60, seed)}) for seed in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    files = [str(tmp_path / "a.jsonl")]
+    cfg = data_config(DataSource.files, files=files, shifted_files=files)
+    for max_samples, read in ((60, 60), (80, 80), (None, 100)):
+        cfg.max_samples = max_samples
+        corpus.write_blocks(cfg, tokenizer, tmp_path)
+        assert json.loads((tmp_path / "tokens.json").read_text())["documents"] == read
+
+
+def test_too_few_samples_for_a_split_are_refused_with_the_setting(tokenizer, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": words(60, 0)}) for _ in "ab"))
+    cfg = data_config(DataSource.files, files=[str(tmp_path / "a.jsonl")], max_samples=1)
+    with pytest.raises(InputError, match="too little text") as refusal:
+        corpus.write_blocks(cfg, tokenizer, tmp_path)
+    assert "data.max_samples" in refusal.value.remedy
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_hub_documents_are_those_of_the_subset_the_split_and_the_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
@@ -334,3 +395,31 @@ def test_hub_documents_are_those_of_the_subset_the_split_and_the_column(
         asked = {"dataset": str(folder), "subset": subset, "split": part, "streaming": streaming}
         cfg = data_config(DataSource.hub, text_column="said", **asked)
         assert [document.text for document in hub_documents(cfg)] == [f"{subset} {part}"]
+
+
+def test_max_samples_of_a_streamed_hub_dataset_are_all_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its second file is no data: who opens it fails."""
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    texts = [words(60, seed) for seed in range(20)]
+    rows = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "train-0.jsonl").write_text("".join(rows))
+    (folder / "train-1.jsonl").write_text("not a row")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files:\n"
+        "  - {split: train, path: [train-0.jsonl, train-1.jsonl]}\n---\n"
+    )
+    asked = {"dataset": str(folder), "subset": "a", "streaming": True}
+    cfg = data_config(DataSource.hub, **asked)
+    with pytest.raises(InputError, match="cannot be read"):
+        corpus.read_splits(cfg)
+    for n in (7, 20):
+        cfg.max_samples = n
+        read, parts = corpus.read_splits(cfg)
+        assert read == n
+        assert {d.text for part in parts.values() for d in part} == set(texts[:n])

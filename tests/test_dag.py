@@ -44,8 +44,8 @@ def test_every_stage_has_the_one_shape():
 
 ELSEWHERE = {f"convert.{name}" for name in ("dense", "revision", "layers", "output")}
 ELSEWHERE |= {f"data.{name}" for name in ("dataset", "subset", "revision", "split", "streaming")}
-ELSEWHERE |= {"data.files", "data.text_column", "runtime.threads"}
-"""Read by a conversion on its own, by another `data.source`, before a stage: in other tests."""
+ELSEWHERE |= {"data.files", "data.text_column", "runtime.threads", "moe.capacity_factor"}
+"""Read by a conversion on its own, by another choice, before a stage: in other tests."""
 
 
 class Traced:
@@ -67,7 +67,10 @@ def test_params_cover_every_key_that_a_stage_reads_and_every_key_is_read(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Each stage runs for real on a configuration that notes what is asked of it."""
-    cfg = compose.load(["experiment=pico"])
+    options = ["enabled=true", "min_d_ff=8", "reallocate_every_n_steps=4"]
+    options = [f"moe.dynamic.{option}" for option in options]
+    options += ["moe.router=mlp", "moe.balance_bias=true"]
+    cfg = compose.load(["experiment=pico", *options])
     unread = set(leaves(cfg))
     for name in NAMES[1:]:
         module = importlib.import_module(f"pipeline.stages.{name}")

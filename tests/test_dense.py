@@ -1,5 +1,6 @@
 """Every FFN is found by structure and proved by numbers, or refused with what was seen."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_a_record_names_family_widths_and_activation():
     assert (record["family"], record["d_model"], record["n_layers"]) == ("llama", 32, 2)
     assert record["layers"][1] == {
         "index": 1,
+        "path": "model.layers.1.mlp",
         "d_ff": 48,
         "gated": True,
         "activation": "silu",
@@ -94,6 +96,124 @@ def test_what_has_no_dense_ffn_module_is_refused_with_what_was_seen(family: str,
     changes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if family == "OPT" else {}
     with pytest.raises(InputError, match=f"{family}.*(\n.*)*{named}"):
         dense.find_ffns(tiny(family, **changes))
+
+
+# Layers that differ
+
+
+WIDTHS = (48, 64, 24)
+
+
+def uneven() -> tf.PreTrainedModel:
+    """A Llama whose layers differ in width: no configuration of it says so."""
+    model = tiny("Llama", num_hidden_layers=3)
+    for layer, width in zip(model.model.layers, WIDTHS, strict=True):
+        config = copy.deepcopy(model.config)
+        config.intermediate_size = width
+        layer.mlp = type(layer.mlp)(config)
+    return model
+
+
+def double_wide() -> tf.PreTrainedModel:
+    """Stock layers of two widths: those that reuse keys are twice as wide."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sizes = {"num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 8, "layer_types": kinds}
+    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
+    return tiny("Gemma4Text", **sizes, num_kv_shared_layers=2, use_double_wide_mlp=True)
+
+
+def width_of_each(**changes) -> tf.PreTrainedModel:
+    """A family whose configuration has a list of widths."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    sizes = {"num_hidden_layers": 3, "head_dim": 8, "layer_types": kinds, "laurel_rank": 4}
+    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
+    sizes |= {"intermediate_size": list(WIDTHS), "num_kv_shared_layers": 0}
+    return tiny("Gemma3nText", **sizes | {"activation_sparsity_pattern": [0.0] * 3} | changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "activation"),
+    [
+        (uneven, WIDTHS, "silu"),
+        (double_wide, (48, 48, 96, 96), "gelu_tanh"),
+        (width_of_each, WIDTHS, "gelu_tanh"),
+    ],
+)
+def test_layers_of_unlike_widths_are_each_found(model, widths, activation):
+    dense_model = model()
+    slots, before = dense.find_ffns(dense_model), logits(dense_model)
+    assert tuple(slot.d_ff for slot in slots) == widths
+    assert {slot.d_model for slot in slots} == {32}
+    described = dense.describe(dense_model)["layers"]
+    assert [(f["d_ff"], f["activation"]) for f in described] == [(w, activation) for w in widths]
+    for slot in slots:
+        slot.replace(Formula(slot))
+    torch.testing.assert_close(logits(dense_model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_activation_function_is_the_nearest_one_at_every_width():
+    """The two kinds of gelu differ so little that either is good enough in some layers."""
+    model = tiny("Gemma", num_hidden_layers=1)
+    for width in range(8, 72, 8):
+        config = copy.deepcopy(model.config)
+        config.intermediate_size = width
+        for exact, name in ((nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh")):
+            mlp = type(model.model.layers[0].mlp)(config)
+            mlp.act_fn = exact
+            model.model.layers[0].mlp = mlp
+            assert dense.find_ffns(model)[0].formula.activation == name, width
+
+
+def test_layers_of_one_shape_that_compute_otherwise_are_each_proved():
+    model = tiny("Llama", num_hidden_layers=3)
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+    found = [slot.formula.activation for slot in dense.find_ffns(model)]
+    assert found == ["silu", "relu", "silu"]
+    with pytest.raises(InputError, match="no known formula"):  # its layer 1 keeps a few neurons
+        pattern = {"activation_sparsity_pattern": [0.0, 0.5, 0.0]}
+        dense.find_ffns(width_of_each(intermediate_size=[48] * 3, **pattern))
+
+
+def test_a_slot_has_the_dtype_of_its_weights():
+    model = tiny("Llama")
+    model.model.layers[1].mlp.bfloat16()
+    assert [slot.dtype for slot in dense.find_ffns(model)] == [torch.float32, torch.bfloat16]
+
+
+# Choosing layers
+
+
+PATHS = [f"model.layers.{k}.mlp" for k in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("which", "chosen"),
+    [
+        (None, [*range(12)]),
+        ([3], [3]),
+        ([11, 0, 3, 0], [0, 3, 11]),
+        (["model.layers.*.mlp"], [*range(12)]),
+        (["*.1?.mlp"], [10, 11]),
+        (["*.[02].mlp", 1, "*.2.*"], [0, 1, 2]),
+        (["model.layers.7.mlp"], [7]),
+        ([], []),
+    ],
+)
+def test_select_layers_takes_indices_and_patterns_over_whole_paths(which, chosen):
+    assert dense.select_layers(PATHS, which) == chosen
+
+
+@pytest.mark.parametrize("unknown", [12, -1, "*.mlp.up_proj", "layers.3.mlp", "MODEL.*"])
+def test_select_layers_refuses_what_means_no_layer(unknown: int | str):
+    with pytest.raises(InputError, match=r"model\.layers\.{0-11}\.mlp") as refusal:
+        dense.select_layers(PATHS, [0, unknown])
+    assert refusal.value.value == unknown and "0 to 11" in refusal.value.rule
+
+
+def test_path_pattern_tells_unlike_paths_apart():
+    assert dense.path_pattern(PATHS[:1]) == "model.layers.{0}.mlp"
+    paths = ["h.0.mlp", "h.1.mlp", "h.2.ffn", "h.3.mlp"]
+    assert dense.path_pattern(paths) == "h.{0-1, 3}.mlp, h.{2}.ffn"
 
 
 def test_layers_that_the_model_lacks_are_refused():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,84 @@ def test_layers_fitted_ahead_at_once_are_adopted(checkout: Checkout):
     output = checkout.run("dvc exp run -S moe.n_experts=8 train@0 train@1")
     assert output.count("stages/train/layer_0: found complete") == 1
     assert output.count("stages/train/layer_1: found complete") == 1
+    checkout.run("git checkout -q . && dvc checkout")
+
+
+def originals_lines() -> list[str]:
+    """The original's command lines as docs/from-the-original.md gives them, at pico size."""
+    document = (PROJECT / "docs" / "from-the-original.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    smaller = {
+        r"experiment=(\w+)": r"'experiment=[\1,pico]'",
+        "layer=0,1,2,3": "layer=0,1",
+        "every_n_steps=500": "every_n_steps=4 -S moe.dynamic.min_d_ff=8",
+    }
+    lines = "".join(blocks)
+    for there, here in smaller.items():
+        assert re.search(there, lines)
+        lines = re.sub(there, here, lines)
+    return lines.splitlines()
+
+
+PARALLEL, STANDARD, SEQUENTIAL, DYNAMIC = range(4)
+
+
+def test_the_originals_standard_and_parallel_lines_run(checkout: Checkout):
+    lines = originals_lines()
+    assert checkout.run(lines[PARALLEL]).count("complete in") == 2
+    output = checkout.run(lines[STANDARD])
+    assert output.count("found complete") == 2
+    record = checkout.json("stages/train/layer_0/config.json")
+    assert record["host"] == "mixtral" and record["training"]["steps"] > 0
+    assert stages_run(checkout.run(lines[SEQUENTIAL])) == AFTER_MOE
+    checkout.run("git checkout -q . && dvc checkout")
+
+
+def test_the_originals_dynamic_line_runs_and_its_sizes_are_reported(checkout: Checkout):
+    checkout.run(originals_lines()[DYNAMIC])
+    for layer in (0, 1):
+        record = checkout.json(f"stages/train/layer_{layer}/config.json")
+        sizes = [entry["widths"] for entry in record["training"]["sizes"]]
+        assert len({tuple(widths) for widths in sizes}) > 1
+        assert {sum(widths) for widths in sizes} == {sum(sizes[0])}
+    page = (checkout.root / "stages/evaluate/report.html").read_text()
+    assert "Expert sizes" in page
+    assert checkout.json("stages/convert/config.json")["model_type"] == "mixtral"
+    checkout.run("git checkout -q . && dvc checkout")
+
+
+OPEN_ELSEWHERE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("convert", trust_remote_code=True)
+try:
+    AutoModelForCausalLM.from_pretrained("convert", trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+model = AutoModelForCausalLM.from_pretrained("convert", trust_remote_code=True)
+ids = tokenizer("Return the", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=5, do_sample=False)
+print(type(model).__name__, out.shape[1] - ids.shape[1])
+"""
+
+
+def test_what_no_native_architecture_holds_comes_with_our_modelling_file(
+    checkout: Checkout, tmp_path: Path
+):
+    """Experts that choose, an MLP router, and a layer that differs, in one checkpoint."""
+    options = "-S moe.routing=expert_choice -S moe.router=mlp "
+    options += "-S 'moe.per_layer=[{layers:[1],n_experts:8}]' -S evaluate.max_batches=3"
+    output = checkout.run(f"dvc exp run {options}")
+    assert "token_choice is recommended" in output and "trust_remote_code" in output
+    metrics = checkout.json("reports/metrics.json")["layers"]
+    assert [len(metrics[k]["routing"]["load"]) for k in ("0", "1")] == [4, 8]
+    assert all(0 < metrics[k]["routing"]["unserved_tokens"] < 1 for k in ("0", "1"))
+    shutil.copytree(checkout.root / "stages/convert", tmp_path / "convert")
+    (tmp_path / "open.py").write_text(OPEN_ELSEWHERE)
+    done = subprocess.run(
+        [sys.executable, "-I", "open.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "SparseDistilledForCausalLM"
     checkout.run("git checkout -q . && dvc checkout")
 
 

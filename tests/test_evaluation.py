@@ -2,27 +2,32 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
 from pipeline import corpus, evaluation, workdir
 from pipeline.config import Codec, EvaluateConfig
 from pipeline.documents import Document
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.layers import save_layer, write_history
-from pipeline.moe import SparseMoE
+from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.pretrain import train_tokenizer
+from pipeline.router import TokenChoice
 from pipeline.shape import MoEShape
 from pipeline.store import LayerReader, LayerWriter
 
 D, LENGTH = 16, 8
 SHAPE = MoEShape(D, 32, 16, 4, 2, "silu", True, False, "softmax_topk")
+CHOOSING = replace(SHAPE, routing="expert_choice", capacity_factor=1.5)
+UNEVEN = replace(SHAPE, expert_widths=(16, 8, 16, 4))
 
 
 def layer(shape: MoEShape = SHAPE, seed: int = 0) -> SparseMoE:
@@ -30,6 +35,10 @@ def layer(shape: MoEShape = SHAPE, seed: int = 0) -> SparseMoE:
     moe = SparseMoE(shape).requires_grad_(False)
     for weight in moe.parameters():
         weight.copy_(torch.randn(weight.shape, generator=generator) * D**-0.5)
+    for e, width in enumerate(shape.widths):
+        moe.get_parameter("gate_up_proj")[e].view(2, -1, D)[:, width:] = 0
+        moe.down_proj[e, :, width:] = 0
+    fit_thresholds(moe, rows(seed=4))
     return moe
 
 
@@ -96,6 +105,7 @@ def test_layer_metrics_are_those_of_a_double_loop(tmp_path: Path):
         ),
         "cosine_sim": pytest.approx(sum(cosines[t] for t in first) / len(first), rel=1e-4),
     }
+    assert isinstance(routing, TokenChoice)
     counts = [sum(int(e) == k for row in routing.expert_ids for e in row) for k in range(4)]
     total = sum(counts)
     assert found["routing"]["load"] == pytest.approx([c / total for c in counts])
@@ -113,14 +123,13 @@ def test_an_exact_layer_has_cosine_one_and_no_error(tmp_path: Path):
     assert found["cosine_sim_p5"] == pytest.approx(1, abs=1e-6)
 
 
-def test_layer_metrics_read_more_rows_than_one_pass_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    moe, x = layer(), rows()
+@pytest.mark.parametrize("shape", [SHAPE, CHOOSING], ids=["tokens", "experts"])
+def test_layer_metrics_do_not_depend_on_the_tokens_per_pass(tmp_path: Path, shape: MoEShape):
+    moe, x = layer(shape), rows()
     reader = stored(tmp_path / "a", x, rows(seed=3))
     expected = evaluation.layer_metrics(moe, reader)
-    monkeypatch.setattr(evaluation, "ROWS", 5)
-    found = evaluation.layer_metrics(moe, reader)
+    found = evaluation.layer_metrics(moe, reader, batch_size=5)
+    assert found.pop("verdict") == expected.pop("verdict")
     assert found.pop("routing") == expected.pop("routing")
     assert found.pop("first_token") == pytest.approx(expected.pop("first_token"), rel=1e-5)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -147,6 +156,7 @@ def test_a_target_of_zeros_has_null_ratios_with_their_reason(tmp_path: Path):
     for part in (found, found["first_token"]):
         assert part["relative_mse"] is part["cosine_sim"] is None
         assert "zero" in part["null_because"]
+    assert found["verdict"] is None
 
 
 def test_a_token_whose_target_is_zero_has_no_cosine_and_counts_in_the_errors(tmp_path: Path):
@@ -166,6 +176,58 @@ def test_a_constant_target_has_finite_metrics(tmp_path: Path):
     x = rows()
     found = evaluation.layer_metrics(layer(), stored(tmp_path / "a", x, torch.full_like(x, 0.5)))
     assert finite(found) and None not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("cosine_sim", "verdict"), [(0.951, "good"), (0.949, "below target"), (-1.0, "below target")]
+)
+def test_a_layer_is_good_where_its_cosine_is_above_the_target(tmp_path, cosine_sim, verdict):
+    moe, x = layer(), rows()
+    y = moe(x)
+    across = rows(seed=3)
+    across -= (across * y).sum(1, keepdim=True) / y.square().sum(1, keepdim=True) * y
+    across *= y.norm(dim=1, keepdim=True) / across.norm(dim=1, keepdim=True)
+    target = cosine_sim * y + math.sqrt(1 - cosine_sim**2) * across
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, target))
+    assert found["cosine_sim"] == pytest.approx(cosine_sim, abs=1e-4)
+    assert found["verdict"] == verdict
+
+
+def test_even_experts_of_which_each_token_takes_top_k_have_the_planned_active_fraction(
+    tmp_path: Path,
+):
+    found = evaluation.layer_metrics(layer(), stored(tmp_path / "a", rows(), rows(seed=3)))
+    assert found["active_ffn_fraction"] == SHAPE.active_ffn_fraction == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [UNEVEN, CHOOSING, replace(CHOOSING, expert_widths=UNEVEN.expert_widths)]
+)
+def test_active_fraction_counts_the_true_neurons_that_worked_on_each_token(
+    tmp_path: Path, shape: MoEShape
+):
+    moe, x = layer(shape), rows()
+    if shape.capacity_factor is not None:
+        moe.router.threshold.fill_(0.4)  # which is not what its capacity asks for
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, rows(seed=3)))
+    weights_TE = moe.eval().route(x).weights_TE()
+    neurons = 0
+    for token in weights_TE:
+        neurons += sum(width for w, width in zip(token, shape.widths, strict=True) if w > 0)
+    assert found["active_ffn_fraction"] == neurons / (len(x) * shape.d_ff)
+    assert found["active_ffn_fraction"] != shape.active_ffn_fraction
+
+
+def test_experts_that_choose_are_judged_with_each_token_decided_alone(tmp_path: Path):
+    moe, x = layer(CHOOSING), rows()
+    reader = stored(tmp_path / "a", x, rows(seed=3))
+    moe.router.threshold.fill_(0.9)  # so that most tokens find nobody
+    found = evaluation.layer_metrics(moe.train(), reader)
+    scores_TE = moe.router(x).softmax(dim=1)
+    served = int((scores_TE >= 0.9).any(dim=1).sum())
+    assert 0 < served < len(x) / 2
+    assert found["routing"]["unserved_tokens"] == pytest.approx(1 - served / len(x))
+    assert found["routing"]["experts_per_token"] == pytest.approx(served / len(x))
 
 
 def test_a_layer_on_another_models_activations_is_refused(tmp_path: Path):
@@ -203,6 +265,26 @@ def test_evaluate_gives_the_metrics_of_every_layer_by_its_index(two_layers: tupl
 
 def test_evaluate_of_some_layers_gives_those(two_layers: tuple[Path, Path]):
     assert list(pipeline.evaluate(*two_layers, layers=[10])) == [10]
+
+
+@pytest.mark.parametrize("knobs", [{"batch_size": 7, "max_batches": 2}, {"max_batches": 1}])
+def test_evaluate_judges_the_first_rows_that_batch_size_and_max_batches_allow(
+    two_layers: tuple[Path, Path], tmp_path: Path, knobs: dict[str, int]
+):
+    found = pipeline.evaluate(*two_layers, layers=[2], **knobs)[2]
+    n = knobs["max_batches"] * knobs.get("batch_size", evaluation.ROWS)
+    reader = stored(tmp_path / "first", rows()[:n], rows(seed=2)[:n])
+    expected = evaluation.layer_metrics(layer(seed=2), reader)
+    assert found["mse"] == pytest.approx(expected["mse"], rel=1e-5)
+    assert found["routing"] == expected["routing"]
+    of_all = pipeline.evaluate(*two_layers, layers=[2])[2]
+    assert (found["mse"] == of_all["mse"]) == (n >= len(rows()))
+
+
+@pytest.mark.parametrize("knob", ["batch_size", "max_batches"])
+def test_evaluate_of_no_rows_is_refused(two_layers: tuple[Path, Path], knob: str):
+    with pytest.raises(ConfigError, match=f"{knob}=0"):
+        pipeline.evaluate(*two_layers, **{knob: 0})
 
 
 def test_evaluate_of_a_folder_without_layers_is_refused(tmp_path: Path):
@@ -297,10 +379,35 @@ def test_batch_size_does_not_change_the_comparison(batch_size: int):
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
 
 
-def test_comparison_reports_every_token_as_progress():
+@pytest.mark.parametrize(
+    ("knobs", "n"), [((2, None), 5), ((2, 3), 5), ((2, 1), 2), ((1, 1), 1), ((1, 3), 3)]
+)
+def test_comparison_reads_the_first_blocks_that_both_knobs_allow(knobs, n: int):
+    """Bytes are those of the whole text, of which the judged blocks have their share."""
+    batch_size, max_batches = knobs
+    models = llama(0), llama(1)
+    found = compared(*models, batch_size=batch_size, max_batches=max_batches)
+    alone = compared(*models, blocks=blocks()[:n], text_bytes=20 * n)
+    assert found.tokens == alone.tokens == n * LENGTH
+    assert len(found.kl) == n * (LENGTH - 1)
+    assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert found.byte_perplexity == pytest.approx(alone.byte_perplexity, rel=1e-5)
+    whole = compared(*models)
+    assert (found.perplexity == pytest.approx(whole.perplexity, rel=1e-5)) == (n == 5)
+
+
+@pytest.mark.parametrize(
+    ("max_batches", "expected"), [(None, [(16, 40), (32, 40), (40, 40)]), (1, [(16, 16)])]
+)
+def test_comparison_reports_every_judged_token_as_progress(max_batches, expected):
     seen = []
-    compared(llama(), llama(), progress=lambda done, total, note: seen.append((done, total)))
-    assert seen == [(16, 40), (32, 40), (40, 40)]
+    compared(
+        llama(),
+        llama(),
+        max_batches=max_batches,
+        progress=lambda done, total, note: seen.append((done, total)),
+    )
+    assert seen == expected
 
 
 # The figures
@@ -308,11 +415,12 @@ def test_comparison_reports_every_token_as_progress():
 
 def judged(**changes: Any) -> dict[str, Any]:
     metrics = {"mse": 0.1, "relative_mse": 0.2, "cosine_sim": 0.9, "cosine_sim_p5": 0.8}
+    metrics |= {"verdict": "below target", "active_ffn_fraction": 1.0}
     return metrics | {"first_token": {}, "routing": {}} | changes
 
 
 def text(dense: float = 2.0, sparse: float = 3.0) -> evaluation.TextLoss:
-    return evaluation.TextLoss((dense, sparse), (1.5, 1.75), torch.arange(101.0), 0.5)
+    return evaluation.TextLoss((dense, sparse), (1.5, 1.75), torch.arange(101.0), 0.5, 777)
 
 
 def figures(layers: dict[int, dict[str, Any]], shapes: dict[int, MoEShape], **counts: int):
@@ -341,16 +449,53 @@ def test_parameter_counts_are_those_of_the_real_sparse_model(n_experts, top_k, t
     assert found["dense"]["parameters"] == sum(p.numel() for p in llama().parameters())
 
 
-def test_active_fractions_are_those_of_the_layers_weighted_by_width():
-    wide = MoEShape(D, 64, 16, 4, 1, "silu", True, False, "softmax_topk")  # a quarter of 64
-    found = figures({0: judged(), 1: judged()}, {0: SHAPE, 1: wide})
-    assert found["active_ffn_fraction"] == pytest.approx((32 + 16) / (32 + 64))
+def test_experts_that_choose_are_active_as_often_as_their_capacity_says():
+    found = figures({0: judged()}, {0: CHOOSING})["sparse"]["parameters"]
+    per_expert = 3 * D * 16
+    assert found == {"total": 10**6, "active": 10**6 - (4 * per_expert - 1.5 * per_expert)}
+
+
+@pytest.mark.parametrize("pad_to", [16, 24], ids=["of the layer", "of all layers"])
+def test_padding_of_uneven_experts_is_stored_and_neither_true_nor_active(pad_to: int):
+    model, dense = mixtral(replace(SHAPE, d_ff_expert=pad_to)), llama()
+    shapes = {0: UNEVEN, 1: replace(SHAPE, expert_widths=(pad_to, 8, 8, 8), d_ff_expert=pad_to)}
+    found = figures(
+        {0: judged(), 1: judged()},
+        shapes,
+        dense_parameters=dense.num_parameters(),
+        sparse_parameters=model.num_parameters(),
+    )["sparse"]["parameters"]
+    neurons = [sum(shape.widths) for shape in shapes.values()]
+    padding = sum(4 * pad_to - n for n in neurons) * 3 * D
+    assert found["total"] == model.num_parameters()
+    assert found["unpadded"] == model.num_parameters() - padding
+    # Two of four experts work on a token: half of the neurons.
+    assert found["active"] == found["unpadded"] - sum(neurons) / 2 * 3 * D
+
+
+def test_dynamic_experts_that_stayed_even_have_no_padding_to_tell_apart():
+    model, dense = mixtral(SHAPE), llama()
+    even = replace(SHAPE, expert_widths=(16,) * 4)
+    counts = {"dense_parameters": dense.num_parameters()}
+    counts |= {"sparse_parameters": model.num_parameters()}
+    layers = {0: judged(), 1: judged()}
+    found = figures(layers, {0: even, 1: even}, **counts)["sparse"]["parameters"]
+    assert found == figures(layers, {0: SHAPE, 1: SHAPE}, **counts)["sparse"]["parameters"]
+    assert "unpadded" not in found
+
+
+def test_active_fractions_are_those_that_were_measured_weighted_by_width():
+    wide = MoEShape(D, 64, 16, 4, 1, "silu", True, False, "softmax_topk")
+    measured = {0: judged(active_ffn_fraction=0.75), 1: judged(active_ffn_fraction=0.25)}
+    found = figures(measured, {0: SHAPE, 1: wide})
+    assert found["active_ffn_fraction"] == pytest.approx((24 + 16) / (32 + 64))
     # The router's 4 x D products are 4/3 neurons' worth, of three projections each.
-    assert found["active_flops_fraction"] == pytest.approx((32 + 16 + 2 * 4 / 3) / (32 + 64))
+    assert found["active_flops_fraction"] == pytest.approx((24 + 16 + 2 * 4 / 3) / (32 + 64))
 
 
 def test_figures_name_each_text_side_and_layer():
-    found = figures({0: judged(), 10: judged(cosine_sim=0.5, relative_mse=0.6)}, {0: SHAPE})
+    layers = {0: judged(verdict="good"), 10: judged(cosine_sim=0.5, relative_mse=0.6)}
+    found = figures(layers, {0: SHAPE, 10: SHAPE})
     assert found["dense"]["perplexity"] == {"heldout": 2, "shifted": 4}
     assert found["sparse"]["perplexity"] == {"heldout": 3, "shifted": 8}
     assert found["dense"]["byte_perplexity"] == {"heldout": 1.5, "shifted": 1.5}
@@ -360,7 +505,9 @@ def test_figures_name_each_text_side_and_layer():
     assert found["top1_agreement"] == 0.5
     assert found["cosine_sim"] == {"mean": pytest.approx(0.7), "worst": 0.5}
     assert found["relative_mse"] == {"mean": pytest.approx(0.4), "worst": 0.6}
-    assert found["layers"] == {"0": judged(), "10": judged(cosine_sim=0.5, relative_mse=0.6)}
+    assert found["good_layers"] == {"good": 1, "of": 2, "cosine_above": 0.95}
+    assert found["judged_tokens"] == {"heldout": 777, "shifted": 777}
+    assert found["layers"] == {str(k): metrics for k, metrics in layers.items()}
 
 
 def test_figures_leave_null_layers_out_and_are_null_when_all_are():
@@ -403,11 +550,11 @@ def test_continuation_of_an_empty_prompt_begins_a_document(tokenizer):
 # All together
 
 
-def test_measure_gives_everything_that_the_report_tells(tmp_path: Path, tokenizer):
+@pytest.fixture
+def parts(tmp_path: Path, tokenizer) -> dict[str, Any]:
+    """What `measure` takes: 3 blocks of heldout and 2 of shifted text, layers 0 and 1."""
     tokens = tmp_path / "tokens"
     tokens.mkdir()
-    from safetensors.torch import save_file
-
     counts = {}
     for name, n in {"train": 4, "validation": 2, "heldout": 3, "shifted": 2}.items():
         save_file({"tokens": blocks(n).int()}, tokens / f"{name}.safetensors")
@@ -420,19 +567,37 @@ def test_measure_gives_everything_that_the_report_tells(tmp_path: Path, tokenize
         save_layer(layer(seed=k), layers[k], {"layer": k, "host": "mixtral"})
         write_history(layers[k], [{"step": 0, "validation_relative_mse": 0.5 + k}])
         stores[k] = stored(tmp_path / f"layer_{k}.zarr", rows(), rows(seed=k))
-    dense, sparse = llama(), mixtral(SHAPE)
-    found = evaluation.measure(
-        dense=dense,
-        sparse=sparse,
-        tokenizer=tokenizer,
-        tokens=tokens,
-        layers=layers,
-        stores=stores,
-        cfg=EvaluateConfig(batch_size=2, prompt="Return", new_tokens=3),
-    )
+    models = {"dense": llama(), "sparse": mixtral(SHAPE)}
+    given = {"tokenizer": tokenizer, "tokens": tokens, "layers": layers, "stores": stores}
+    return models | given
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "max_batches", "judged"), [(1, 2, (2, 2)), (1, 1, (1, 1)), (2, 1, (2, 2))]
+)
+def test_measure_judges_so_many_batches_of_each_text(
+    parts: dict[str, Any], batch_size: int, max_batches: int, judged: tuple[int, int]
+):
+    cfg = EvaluateConfig(batch_size, max_batches, prompt="Return", new_tokens=0)
+    metrics = evaluation.measure(**parts, cfg=cfg)["metrics"]
+    assert tuple(n / LENGTH for n in metrics["judged_tokens"].values()) == judged
+    for name, n in zip(("heldout", "shifted"), judged, strict=True):
+        text = corpus.read_blocks(parts["tokens"], name)[:n]
+        alone = compared(parts["dense"], parts["sparse"], blocks=text, text_bytes=50 * n)
+        found = metrics["sparse"]["byte_perplexity"][name]
+        assert found == pytest.approx(alone.byte_perplexity[1], rel=1e-5)
+
+
+def test_measure_gives_everything_that_the_report_tells(parts: dict[str, Any]):
+    tokens, stores, tokenizer = parts["tokens"], parts["stores"], parts["tokenizer"]
+    dense, sparse = parts["dense"], parts["sparse"]
+    counts = workdir.read_json(tokens / corpus.RECORD)["splits"]
+    cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=3)
+    found = evaluation.measure(**parts, cfg=cfg)
     assert found.keys() == {"metrics", "layers", "history", "samples", "tokens"}
     metrics = found["metrics"]
     assert finite(metrics)
+    assert metrics["judged_tokens"] == {name: counts[name]["tokens"] for name in evaluation.TEXTS}
     for name in ("heldout", "shifted"):
         text = corpus.read_blocks(tokens, name)
         alone = compared(dense, sparse, blocks=text, text_bytes=counts[name]["bytes"])

@@ -14,6 +14,16 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 MODELS = {
     "llama": tf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2),
     "gpt2": tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+    "uneven": tf.Gemma3nTextConfig(
+        **SIZES | {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8},
+        intermediate_size=[48, 64, 48],
+        activation_sparsity_pattern=[0.0, 0.0, 0.0],
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64,
+        laurel_rank=4,
+    ),
     "mixtral": tf.MixtralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2),
 }
 
@@ -34,7 +44,7 @@ def test_inspect_prints_only_json_when_asked(tmp_path: Path, capsys: pytest.Capt
     assert run("inspect", model(tmp_path, "llama"), "--json") == 0
     described = json.loads(capsys.readouterr().out)
     assert (described["family"], described["d_model"], len(described["layers"])) == ("llama", 32, 2)
-    assert described["hosts"] == {"mixtral": "yes"}
+    assert described["hosts"]["mixtral"] == "yes" and described["selected"] == [0, 1]
 
 
 def test_inspect_prints_an_entry_for_conf_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -45,6 +55,40 @@ def test_inspect_prints_an_entry_for_conf_model(tmp_path: Path, capsys: pytest.C
         (Path(__file__).parent.parent / "conf/model/pretrained.yaml").read_text()
     )
     assert yaml.safe_load(entry) == given | {"name": "llama", "id": path, "layers": [0, 1]}
+
+
+def test_inspect_chooses_layers_by_index_and_by_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = model(tmp_path, "llama")
+    for which, chosen in ((["1"], [1]), (["*.0.mlp", "1"], [0, 1]), (["model.*.1.*"], [1])):
+        assert run("inspect", path, "--layers", *which) == 0
+        _, _, entry = capsys.readouterr().out.partition("conf/model/:")
+        assert yaml.safe_load(entry)["layers"] == chosen
+        assert run("inspect", path, "--json", "--layers", *which) == 0
+        described = json.loads(capsys.readouterr().out)
+        assert described["selected"] == chosen and len(described["layers"]) == 2
+        assert (described["hosts"]["mixtral"] == "yes") == (chosen == [0, 1])
+
+
+def test_inspect_refuses_layers_that_are_not_there_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = model(tmp_path, "gpt2")
+    for which in ("2", "*.ffn"):
+        assert run("inspect", path, "--layers", which) == 3
+        assert "transformer.h.{0-1}.mlp" in capsys.readouterr().err
+
+
+def test_inspect_shows_where_the_ffns_are_and_which_are_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("inspect", model(tmp_path, "llama")) == 0
+    said = capsys.readouterr().out
+    assert "FFNs: model.layers.{0-1}.mlp" in said and "layers 0-1 (2): d_ff 48, gated" in said
+    assert run("inspect", model(tmp_path, "uneven")) == 0
+    said = capsys.readouterr().out
+    assert "layers 0, 2 (2): d_ff 48" in said and "layers 1 (1): d_ff 64" in said
 
 
 def test_inspect_says_why_no_host_can_hold_a_family(

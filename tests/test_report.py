@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import report
+from pipeline import record, report
 
 SCRIPT = "<script>alert('x')</script>"
 FILES = {"metrics.json", "layers.json", "layers.csv", "history.csv"}
@@ -36,12 +36,16 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
             "relative_mse": share(),
             "cosine_sim": share(),
             "cosine_sim_p5": share(),
+            "verdict": rng.choice(["good", "below target"]),
+            "active_ffn_fraction": share(),
             "first_token": {"relative_mse": share(), "cosine_sim": share()},
             "routing": {
                 "load": [part / sum(load) for part in load],
                 "load_max_over_mean": 1 + share(),
                 "load_entropy": share(),
                 "dead_experts": rng.randrange(100, 900),
+                "experts_per_token": 2 + share(),
+                "unserved_tokens": 0.0,
             },
         }
 
@@ -62,6 +66,8 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
         "active_flops_fraction": share(),
         "cosine_sim": {"mean": share(), "worst": share()},
         "relative_mse": {"mean": share(), "worst": share()},
+        "judged_tokens": {"heldout": 3333, "shifted": 4444},
+        "good_layers": {"good": 34_567, "of": 45_678, "cosine_above": 0.875},
         "layers": {str(k): layer() for k in range(n_layers)},
     }
     shape = {"d_model": 16, "d_ff": 4096, "d_ff_expert": 1024, "n_experts": n_experts, "top_k": 2}
@@ -79,7 +85,11 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
             part: {"settings": of, "fingerprint": f"{part}0123", "versions": {"torch": "9.8.7"}}
             for part, of in settings.items()
         },
-        "layers": {k: {"layer": k, "host": "mixtral", "shape": shape} for k in range(n_layers)},
+        "left_dense": [],
+        "layers": {
+            k: {"layer": k, "host": "mixtral", "shape": shape, "training": training()}
+            for k in range(n_layers)
+        },
         "history": {
             k: [
                 {"step": 0, "validation_relative_mse": 0.9},
@@ -100,6 +110,36 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
     }
 
 
+def training() -> dict[str, Any]:
+    validation = {"step": 50, "validation_relative_mse": 0.5}
+    return {"steps": 50, "best_step": 50, "validation": validation, "warnings": []}
+
+
+def choosing(given: dict[str, Any], unserved: dict[int, float]) -> dict[str, Any]:
+    """The same, but experts choose in every layer, and this share of tokens finds none."""
+    for k, layer in given["layers"].items():
+        chosen = {"routing": "expert_choice", "capacity_factor": 1.25}
+        layer["shape"] = layer["shape"] | chosen
+        given["metrics"]["layers"][str(k)]["routing"]["unserved_tokens"] = unserved[k]
+    return given
+
+
+def resized(given: dict[str, Any], layers: list[int] | None = None) -> dict[str, Any]:
+    """The same, but the experts of these layers (null = all) grew and shrank while trained."""
+    for k in given["layers"] if layers is None else layers:
+        layer = given["layers"][k]
+        n = layer["shape"]["n_experts"]
+        sizes = [
+            {"step": step, "widths": [1024 + step // 20 * 8 * (e - 1 + k) for e in range(n)]}
+            for step in (0, 20, 40)
+        ]
+        kept = [w + 3000 for w in sizes[1]["widths"]]
+        layer["training"] |= {"sizes": sizes, "best_step": 30}
+        layer["shape"] = layer["shape"] | {"expert_widths": kept, "d_ff_expert": max(kept)}
+    given["metrics"]["sparse"]["parameters"]["unpadded"] = 87_654_321
+    return given
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and the text outside pictures and styles."""
 
@@ -107,21 +147,38 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text, self.hidden, self.pictures = "", 0, ""
+        self.tables: list[list[list[str]]] = []  # rows of cells
+        self.in_cell = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self.hidden += tag in ("svg", "style")
         self.text += " "  # a cell's text ends where the next one's begins
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
         self.hidden -= tag in ("svg", "style")
+        self.in_cell &= tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         if self.hidden:
             self.pictures += data
         else:
             self.text += data
+            if self.in_cell:
+                self.tables[-1][-1][-1] += data
+
+    def column(self, name: str) -> list[str]:
+        """Below the head of that name, in the one table that has it."""
+        (table,) = [table for table in self.tables if name in table[0]]
+        return [row[table[0].index(name)] for row in table[1:]]
 
     def attributes(self, *names: str) -> list[str]:
         return [v for _, attrs in self.tags for n, v in attrs.items() if n in names and v]
@@ -172,9 +229,11 @@ def figures(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def shown(value: float, text: str) -> bool:
+def shown(value: float | str, text: str) -> bool:
     """As a figure of its own, not as digits of another."""
-    forms = {report._number(value), f"{100 * value:.1f} %"}
+    if isinstance(value, str):
+        return value in text
+    forms = {report._number(value), f"{100 * value:.1f} %", f"{value:g}"}
     return any(re.search(rf"(?<![\d.,]){re.escape(form)}(?!\d)", text) for form in forms)
 
 
@@ -192,7 +251,8 @@ def test_every_figure_of_metrics_json_is_shown_on_the_page(folders, n_layers: in
 
 def test_the_check_above_would_miss_a_figure_that_is_not_there(page: Page):
     other = content(n_layers=9)["metrics"]["layers"]["8"]
-    assert not any(shown(value, page.text) for _, value in figures(other))
+    measured = [v for name, v in figures(other) if v and not isinstance(v, str)]
+    assert measured and not any(shown(value, page.text) for value in measured)
 
 
 def test_the_page_needs_nothing_beside_it(page: Page, html: str):
@@ -248,8 +308,6 @@ def test_the_page_shows_settings_samples_origin_and_sizes(page: Page):
         assert expected in text
     for split in content()["tokens"].values():
         assert all(shown(split[key], text) for key in ("tokens", "bytes", "budget"))
-    assert shown(4096, text) and shown(1024, text)
-    assert shown(2.0 * 1024 / 4096 + 4 / (3 * 4096), text)  # active_parameters over the dense FFN's
 
 
 def test_more_parameters_than_the_dense_model_are_said_and_fewer_are_not(
@@ -264,11 +322,12 @@ def test_more_parameters_than_the_dense_model_are_said_and_fewer_are_not(
 def test_null_figures_are_shown_as_a_dash_with_their_reason(tmp_path: Path):
     given = content()
     null = {"relative_mse": None, "cosine_sim": None, "null_because": "it is zero <b>"}
-    given["metrics"]["layers"]["1"] |= null | {"cosine_sim_p5": None, "first_token": null}
+    below = {"cosine_sim_p5": None, "first_token": null, "verdict": None}
+    given["metrics"]["layers"]["1"] |= null | below
     page = written(tmp_path, given)
     assert "Layer 1 has no relative error and no cosine: it is zero <b>." in page.text
     assert "Layer 0 has no" not in page.text
-    assert page.text.count("\u2013") == 5
+    assert page.text.count("\u2013") == 6
     assert "NaN" not in "".join(content.decode() for content in files(tmp_path).values())
     rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
     assert rows[1]["relative_mse"] == rows[1]["cosine_sim"] == ""
@@ -286,7 +345,7 @@ def test_a_conversion_whose_every_layer_is_null_has_a_report(tmp_path: Path):
 
 @pytest.mark.parametrize("n_layers", [8, 40])
 def test_layers_are_named_up_to_eight_and_shaded_beyond(n_layers: int):
-    pictures = report.pictures(content(n_layers))
+    pictures = report.pictures(content(n_layers), {})
     named = re.findall(r"layer \d+", pictures["training"])
     assert len(set(named)) == (n_layers if n_layers <= 8 else 0)
     heights = {k: float(re.search(r'height="([\d.]+)pt"', p)[1]) for k, p in pictures.items()}  # type: ignore
@@ -301,6 +360,167 @@ def test_layers_may_have_unlike_numbers_of_experts_and_an_untrained_history(tmp_
     page = written(tmp_path, given)
     missing = [n for n, v in figures(given["metrics"]) if not shown(v, page.text)]
     assert missing == []
+
+
+# What each layer is judged by
+
+
+def test_each_layer_has_its_verdict_and_the_page_counts_them(folder: Path, page: Page):
+    metrics = content()["metrics"]
+    assert page.column("verdict") == [layer["verdict"] for layer in metrics["layers"].values()]
+    counted = "34567 of 45678 layers good: cosine above 0.875."
+    assert counted in page.text and counted in (folder / "summary.txt").read_text()
+    assert counted in (folder / "README.md").read_text()
+    assert "34567 of 45678 above 0.875" in page.text
+
+
+def test_layers_of_one_shape_share_a_row_of_sizes(page: Page):
+    # Four experts of a quarter and two active; the router is 4 x 16 of 3 x 4,096 x 16 parameters.
+    assert page.column("configuration") == ["d_ff_expert=0.25 (1024), n=4, top-2"]
+    assert page.column("dense d_ff") == ["4,096"]
+    assert page.column("total MoE parameters") == ["1x dense FFN"]
+    assert page.column("active parameters") == ["0.5x"]
+    assert page.column("layers") == ["0-2"]
+
+
+def test_layers_of_unlike_shapes_and_those_left_dense_have_rows_of_their_own(tmp_path: Path):
+    given = content(n_layers=5)
+    shape = given["layers"][0]["shape"]
+    other = {"n_experts": 32, "top_k": 3, "d_ff_expert": 1000, "router_width": 64}
+    given["layers"][1]["shape"] = given["layers"][3]["shape"] = shape | other
+    chosen = {"routing": "expert_choice", "capacity_factor": 1.5, "n_experts": 8}
+    given["layers"][4]["shape"] = shape | chosen
+    given["layers"][2]["shape"] = shape | {"balance_bias": True}
+    given["left_dense"] = [5, 6, 9]
+    page = written(tmp_path, given)
+    assert page.column("configuration") == [
+        "d_ff_expert=0.25 (1024), n=4, top-2",
+        "d_ff_expert=0.2441 (1000), n=32, top-3, MLP router of 64",
+        "d_ff_expert=0.25 (1024), n=4, top-2, balance bias",
+        "d_ff_expert=0.25 (1024), n=8, expert choice at capacity 1.5",
+        "left dense",
+    ]
+    # 32 x 1,000 of 4,096 neurons, 32 rows of a router, 64 x (16 + 32) of its hidden layer.
+    assert page.column("total MoE parameters") == [
+        "1x dense FFN",
+        "7.83x dense FFN",
+        "1x dense FFN",
+        "2x dense FFN",
+        "1x dense FFN",
+    ]
+    assert page.column("active parameters") == ["0.5x", "0.751x", "0.5x", "0.376x", "1x"]
+    assert page.column("layers") == ["0", "1, 3", "2", "4", "5-6, 9"]
+
+
+def test_layers_left_dense_are_named_where_there_are_any(folder: Path, tmp_path: Path):
+    given = content()
+    given["left_dense"] = [4]
+    assert "Left dense: layer 4." in written(tmp_path, given).text
+    given["left_dense"] = [3, 4, 5, 7]
+    assert "Left dense: layers 3-5, 7." in written(tmp_path, given).text
+    assert "left dense: 3-5, 7" in (tmp_path / "summary.txt").read_text()
+    assert "Layers left dense: 3-5, 7." in (tmp_path / "README.md").read_text()
+    for name in ("report.html", "summary.txt", "README.md"):
+        assert "left dense" not in (folder / name).read_text().lower()
+
+
+def test_the_warnings_of_training_stand_above_everything_but_the_answers(page: Page, tmp_path):
+    given = content(n_layers=5)
+    for k in (0, 1, 2, 4):
+        given["layers"][k]["training"]["warnings"] = [SCRIPT]
+    given["layers"][3]["training"]["warnings"] = ["step 40: the load is uneven"]
+    warned = written(tmp_path, given)
+    assert "script" not in {tag for tag, _ in warned.tags}
+    for line in (f"layers 0-2, 4: {SCRIPT}", "layer 3: step 40: the load is uneven"):
+        place = warned.text.index(f"Training, {line}")
+        assert place < warned.text.index("Dense against sparse")
+        assert line in (tmp_path / "summary.txt").read_text()
+    assert "Warnings" in warned.text and "Warnings" not in page.text
+
+
+# Experts that choose, and experts that grow
+
+
+def test_experts_that_choose_come_with_a_warning_and_the_share_they_leave(folder: Path, tmp_path):
+    given = choosing(content(), {0: 0.0123, 1: 0.2346, 2: 0.0456})
+    page = written(tmp_path, given)
+    assert page.column("unserved_tokens") == ["0.01230", "0.2346", "0.04560"]
+    for part in ("token_choice is recommended", "gets zero", "later tokens", "threshold"):
+        assert part in " ".join(page.text.split())
+    worst = "23.5 % of the held-out tokens in layer 1, the worst"
+    assert worst in page.text and worst in (tmp_path / "README.md").read_text()
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "23.5 % in layer 1" in summary and "token_choice is recommended" in summary
+    plain = "".join((folder / f).read_text() for f in ("README.md", "summary.txt", "report.html"))
+    assert "recommended" not in plain and "the worst" not in plain
+
+
+def test_the_widths_of_resized_experts_are_drawn_and_tabulated(page: Page, tmp_path: Path):
+    given = resized(content())
+    found = written(tmp_path, given)
+    labels = [a.get("aria-label") for tag, a in found.tags if a.get("role") == "img"]
+    assert len(labels) == 6 and all(labels)
+    for k, layer in given["layers"].items():
+        start, kept = layer["training"]["sizes"][0]["widths"], layer["shape"]["expert_widths"]
+        for name, widths in (("start", start), ("kept", kept)):
+            cells = [f"{k},\xa0{name}", *(f"{w:,}" for w in (sum(widths), *widths))]
+            assert any(cells in table for table in found.tables)
+    assert "4016 to 4040, mean 4028" in found.column("configuration")[0]
+    assert "87,654,321 without the padding" in found.text
+    assert "Expert sizes" in found.text and "Expert sizes" not in page.text
+    assert "padding" not in page.text
+
+
+def drawn(given: dict[str, Any]) -> str:
+    return report.pictures(given, report._derived(given)["resized"])["widths"]
+
+
+def test_the_picture_of_widths_shows_each_reallocation_and_the_kept_step():
+    given = resized(content())
+    before = drawn(given)
+    given["layers"][1]["training"]["sizes"][1]["widths"][2] += 8
+    after = drawn(given)
+    assert after != before
+    given["layers"][2]["training"]["best_step"] = 10
+    assert drawn(given) != after
+
+
+def test_only_layers_whose_experts_were_resized_have_widths_and_a_dozen_is_drawn(tmp_path: Path):
+    some = resized(content(5), [1, 4])
+    assert set(re.findall(r"layer \d+", drawn(some))) == {"layer 1", "layer 4"}
+    named = [row[0] for table in written(tmp_path, some).tables for row in table]
+    assert [name for name in named if "start" in name] == ["1,\xa0start", "4,\xa0start"]
+    many = resized(content(40))
+    assert len(set(re.findall(r"layer \d+", drawn(many)))) == 12
+    assert "The first 12 of 40 layers." in written(tmp_path, many).text
+    assert "The first 12" not in written(tmp_path, some).text
+
+
+# How much was judged
+
+
+def test_text_that_was_judged_in_part_is_told_with_how_much(folder: Path, tmp_path: Path):
+    given = content()
+    given["metrics"]["judged_tokens"] = {"heldout": 1234, "shifted": 4444}
+    page = written(tmp_path, given)
+    for text in (
+        page.text,
+        (tmp_path / "summary.txt").read_text(),
+        (tmp_path / "README.md").read_text(),
+    ):
+        assert "the first 1,234 of 3,333 tokens of heldout" in text
+        assert "of shifted" not in text
+    assert page.column("judged") == ["", "", "1,234", "4,444"]
+    for name in ("report.html", "summary.txt", "README.md"):
+        assert "the first" not in (folder / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([], ""), ([3], "3"), ([2, 0, 1, 5], "0-2, 5"), ([0, 2, 4, 5], "0, 2, 4-5")],
+)
+def test_runs_of_layers_are_written_as_spans(values: list[int], expected: str):
+    assert record.spans(values) == expected
 
 
 @pytest.mark.parametrize(
@@ -357,9 +577,11 @@ def test_tables_of_layers_agree_with_metrics(folders):
         of = layers[str(row["layer"])]
         expected = {name: of[name] for name in ("mse", "relative_mse", "cosine_sim")}
         expected |= {"cosine_sim_p5": of["cosine_sim_p5"], "layer": row["layer"]}
+        expected |= {name: of[name] for name in ("verdict", "active_ffn_fraction")}
         expected |= {f"first_token_{name}": value for name, value in of["first_token"].items()}
         expected |= {name: value for name, value in of["routing"].items() if name != "load"}
         assert row == expected
+        assert text.pop("verdict") == expected.pop("verdict")
         assert {name: float(value) for name, value in text.items()} == expected
 
 
@@ -387,6 +609,20 @@ def test_model_card_has_a_front_matter_the_figures_and_the_configuration(folder:
     assert block
     settings = {k: v for m in content()["manifests"].values() for k, v in m["settings"].items()}
     assert yaml.safe_load(block[1]) == settings | content()["settings"]
+
+
+def test_only_a_checkpoint_of_our_own_architecture_asks_for_remote_code(folder: Path, tmp_path):
+    given = content()
+    for layer in given["layers"].values():
+        layer["host"] = "sparse_distilled"
+    page, card = written(tmp_path, given), (tmp_path / "README.md").read_text()
+    assert card.count('from_pretrained("path/to/this/folder", trust_remote_code=True)') == 2
+    assert "stock" not in card and "lets `transformers` run that file" in card
+    assert "trust_remote_code=True" in page.text
+    assert "needs trust_remote_code" in (tmp_path / "summary.txt").read_text()
+    assert "It opens with stock `transformers`:" in (folder / "README.md").read_text()
+    for name in ("report.html", "summary.txt", "README.md"):
+        assert "remote" not in (folder / name).read_text()
 
 
 def test_summary_has_the_figures_that_decide(folder: Path):

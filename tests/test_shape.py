@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.shape import MoEShape, check_start, resolve_d_ff_expert, resolve_init
+from pipeline.shape import MoEShape, check_dynamic, check_start, resolve_d_ff_expert, resolve_init
 
 
 def shape(**changes) -> MoEShape:
@@ -116,3 +116,39 @@ def test_shape_survives_json():
 def test_shape_imports_no_torch():
     code = "import sys, pipeline.shape; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_experts_that_choose_run_capacity_factor_of_them_per_token():
+    chosen = shape(routing="expert_choice", capacity_factor=1.25)
+    assert chosen.active_ffn_fraction == 1.25 * 96 / 768
+    experts = chosen.active_parameters - chosen.router_parameters
+    assert experts == 1.25 * chosen.expert_parameters
+    assert chosen.total_parameters == shape().total_parameters
+
+
+def test_true_widths_count_and_not_the_padding():
+    uneven = shape(d_ff_expert=160, expert_widths=[160, 32] * 8)  # a list, as JSON gives it
+    assert uneven.widths == (160, 32) * 8 and shape().widths == (96,) * 16
+    assert uneven.total_parameters == shape().total_parameters
+    assert uneven.active_parameters == shape().active_parameters
+    assert uneven.active_ffn_fraction == shape().active_ffn_fraction
+    assert MoEShape(**json.loads(json.dumps(dataclasses.asdict(uneven)))) == uneven
+
+
+def test_mlp_router_and_balance_bias_count():
+    added = shape(router_width=32).total_parameters - shape().total_parameters
+    assert added == 32 * 256 + 16 * 32
+    assert shape(balance_bias=True).total_parameters - shape().total_parameters == 16
+    assert shape(router_width=32).active_flops_fraction > shape().active_flops_fraction
+
+
+@pytest.mark.parametrize(
+    ("width", "bounds", "remedy"),
+    [(96, (256, 8192), 256), (96, (8, 64), 64), (100, (8, 512), 96), (12, (8, 512), 8)],
+)
+def test_dynamic_experts_start_within_their_bounds_at_a_multiple_of_8(width, bounds, remedy):
+    with pytest.raises(ConfigError) as refusal:
+        check_dynamic(shape(d_ff_expert=width), *bounds)
+    assert f"width {width}" in str(refusal.value)
+    assert f"moe.d_ff_expert={remedy}" in refusal.value.remedy
+    check_dynamic(shape(d_ff_expert=96), 96, 96)

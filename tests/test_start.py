@@ -8,16 +8,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import Codec, Host, Init, MoEConfig, RouterInit
+from pipeline.config import (
+    Codec,
+    DynamicConfig,
+    Growth,
+    Host,
+    Init,
+    MoEConfig,
+    Router,
+    RouterInit,
+    Routing,
+)
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE, fit_scale
-from pipeline.router import routing_statistics
+from pipeline.router import TokenChoice, routing_statistics
 from pipeline.shape import MoEShape
 from pipeline.start import LOGIT_STD, ROUTER_STD, start_layer
 from pipeline.store import LayerReader, LayerWriter
 
 D, F = 16, 64
 ROWS = {"train": 512, "validation": 256}
+DYNAMIC = DynamicConfig(
+    enabled=False,
+    reallocate_every_n_steps=5,
+    n_reallocated=2,
+    growth_factor=1.25,
+    shrink_factor=0.8,
+    min_d_ff=8,
+    max_d_ff=64,
+    growth=Growth.split,
+)
 PLAIN = MoEConfig(
     n_experts=8,
     top_k=2,
@@ -28,6 +48,13 @@ PLAIN = MoEConfig(
     virtual_groups=False,
     router_init=RouterInit.ridge,
     host=Host.auto,
+    routing=Routing.token_choice,
+    capacity_factor=1.25,
+    router=Router.linear,
+    router_width=8,
+    balance_bias=False,
+    per_layer=[],
+    dynamic=DYNAMIC,
 )
 FAMILIES = [(True, False), (True, True), (False, False), (False, True)]  # gated, bias
 
@@ -169,9 +196,10 @@ def test_virtual_groups_send_tokens_to_every_replica(stored):
     reader = stored[1]
     for router_init in (RouterInit.random, RouterInit.ridge):
         moe = begin(stored, F // 4, 12, 4, virtual_groups=True, router_init=router_init)
-        ids = moe.route(reader.read("validation")[0]).expert_ids
+        routing = moe.route(reader.read("validation")[0])
+        ids = routing.expert_ids
         assert torch.equal(ids.sort(dim=1).values % 4, torch.arange(4).expand_as(ids))
-        assert routing_statistics(ids, 12)["dead_experts"] == 0
+        assert routing_statistics(routing.taken_TE())["dead_experts"] == 0
 
 
 @pytest.mark.parametrize("router_init", [RouterInit.random, RouterInit.ridge])
@@ -233,10 +261,12 @@ def test_ridge_routing_beats_random_and_zero_routing_of_a_carve(family, top_k):
 def test_ridge_routing_takes_different_groups_where_there_are_replicas(stored):
     """Two replicas of one group add nothing to each other while they are alike."""
     moe = begin(stored, F // 4, 16, 4)
-    ids = moe.route(stored[1].read("validation")[0]).expert_ids
+    routing = moe.route(stored[1].read("validation")[0])
+    assert isinstance(routing, TokenChoice)
+    ids = routing.expert_ids
     distinct = torch.nn.functional.one_hot(ids % 4, 4).amax(dim=1).sum(dim=1).float().mean()
     assert distinct > 3.3  # 2.9 by random rows
-    assert routing_statistics(ids, 16)["dead_experts"] == 0
+    assert routing_statistics(routing.taken_TE())["dead_experts"] == 0
 
 
 def test_ridge_logits_begin_nearly_even(stored):
@@ -263,7 +293,7 @@ def test_ridge_routing_is_even_where_inputs_are_far_from_zero(tmp_path):
     mean[3] = 20.0
     reader = write_store(tmp_path / "layer_3.zarr", ffn, mean=mean)
     moe = begin((ffn, reader), F, 4, 1, "copy")
-    load = routing_statistics(moe.route(reader.read("validation")[0]).expert_ids, 4)
+    load = routing_statistics(moe.route(reader.read("validation")[0]).taken_TE())
     assert load["load_max_over_mean"] < 1.5
 
 

@@ -20,7 +20,7 @@ from pipeline.moe import SparseMoE
 from pipeline.resume import CHECKPOINT
 from pipeline.start import start_layer
 from pipeline.store import LayerReader
-from pipeline.training import Objective, rate, train_layer
+from pipeline.training import Objective, fit_layer, rate
 
 PLAIN = TrainConfig(
     epochs=2,
@@ -36,6 +36,8 @@ PLAIN = TrainConfig(
     cosine_loss_weight=0.1,
     load_balance_coef=0.01,
     router_z_coef=0.001,
+    balance_bias_rate=0.01,
+    data_free=False,
     evaluate_every=8,
     checkpoint_every=6,
     stream=False,
@@ -64,7 +66,7 @@ def fit(
 ) -> SparseMoE:
     ffn, reader = stored
     folder.mkdir(exist_ok=True)
-    return train_layer(
+    return fit_layer(
         reader,
         ffn,
         plan_of(ffn, F // 4, 8, 2),
@@ -237,6 +239,7 @@ CHANGED: dict[str, Any] = {
     "stream": True,
 }
 ELSEWHERE = {"evaluate_every", "checkpoint_every", "dtype", "kernel"}
+ELSEWHERE |= {"balance_bias_rate", "data_free"}
 """They have tests of their own."""
 
 

@@ -15,17 +15,7 @@ from pipeline import command, workdir
 from pipeline.config import Config, select
 from pipeline.stages import BUDGET, DENSE
 
-PARAMS = (
-    "model.layers",
-    "moe.n_experts",
-    "moe.top_k",
-    "moe.d_ff_expert",
-    "moe.init",
-    "moe.init_from_dense",
-    "moe.virtual_groups",
-    "moe.router_init",
-    "moe.host",
-)
+PARAMS = ("model.layers", "moe")
 
 
 def run(cfg: Config, published: bool = True) -> Path:

@@ -4,7 +4,8 @@ Inside the DAG it reads the stages before it. Alone, it needs three paths and no
 no conf/, no other stage; each layer's folder records what it needs.
 
 Reads:  the dense model; stages/train/layer_K, or stages/heal/layer_K where a layer was healed
-Writes: stages/convert: config, safetensors, tokenizer, generation config
+Writes: stages/convert: config, safetensors, tokenizer, generation config; the modelling file too
+        where the layers' host is `sparse_distilled`
 Cost:   the dense weights once through memory, and one reload in a fresh process
 Run:    python -m pipeline.stages.convert [key=value ...]
         python -m pipeline.stages.convert convert.dense=<id or folder> convert.layers=<folder> \\

@@ -76,10 +76,10 @@ def run(cfg: Config) -> None:
             name: workdir.read_json(path / workdir.MANIFEST)
             for name, path in (parts | {"capture": CAPTURE}).items()
         }
-        report.write(
-            folder,
-            {"name": cfg.model.name, "settings": settings, "manifests": manifests, **measured},
-        )
+        every = range(record.read(DENSE)["n_layers"])
+        known = {"name": cfg.model.name, "settings": settings, "manifests": manifests}
+        known["left_dense"] = [k for k in every if k not in layers]
+        report.write(folder, known | measured)
 
     workdir.produce(
         EVALUATE,

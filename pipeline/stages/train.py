@@ -18,6 +18,7 @@ PARAMS = (
     "moe.init_noise",
     "moe.virtual_groups",
     "moe.router_init",
+    "moe.dynamic",
 )
 
 
@@ -32,7 +33,7 @@ def run(cfg: Config, layer: int, budget: Path = BUDGET, published: bool = True) 
 
         device = runtime.pick_device(cfg.runtime)
         with runtime.progress(f"train layer {layer}") as progress:
-            training.train_layer(
+            training.fit_layer(
                 LayerReader(store),
                 DenseFFN.load(ffn),
                 workdir.read_json(shape),

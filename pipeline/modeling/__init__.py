@@ -1,0 +1,19 @@
+"""The modelling file of the host `sparse_distilled`, which is saved with every checkpoint of it."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.modeling.modeling_sparse_distilled import (
+    SparseDistilledConfig,
+    SparseDistilledForCausalLM,
+)
+
+
+def register() -> None:
+    """Open such checkpoints with the classes of this package, whatever file lies beside them.
+
+    It also lets `save_pretrained` put the file beside the weights.
+    """
+    AutoConfig.register(SparseDistilledConfig.model_type, SparseDistilledConfig, exist_ok=True)
+    AutoModelForCausalLM.register(SparseDistilledConfig, SparseDistilledForCausalLM, exist_ok=True)
+    SparseDistilledConfig.register_for_auto_class()
+    SparseDistilledForCausalLM.register_for_auto_class("AutoModelForCausalLM")
