@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-demo test-quick check format clean
+.PHONY: help demo test test-demo test-quick check bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: .venv/ready ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+bench: .venv/ready ## the speed table: streaming training against stored activations, in minutes
+	$(BIN)/python -m benchmarks
 
 format: .venv/ready ## rewrite to the format and fix what lint can
 	$(BIN)/ruff format .

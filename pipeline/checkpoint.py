@@ -7,13 +7,12 @@ its logits and greedy continuation must be those of the model in memory. Both si
 float32, on equal weights as stored.
 """
 
-import copy
 import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,10 +24,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import dense, hosts, reload
+from pipeline.assembly import read_norms, replace_ffns, set_norms
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.layers import layer_folders, load_layer
 from pipeline.moe import SparseMoE
-from pipeline.record import check_layers
 from pipeline.shape import MoEShape
 
 PROBE_SEQUENCES, PROBE_TOKENS, NEW_TOKENS = 2, 32, 16
@@ -45,7 +44,8 @@ def convert_to_sparse(
     Args:
         dense_model: of transformers; it is changed. Each layer takes its FFN's dtype and device,
             but for the router, which stays float32 where the host keeps it so.
-        layers_folder: holds `layer_K/` as `train` writes them.
+        layers_folder: holds `layer_K/` as `train` or `heal` writes them; healed norms beside them
+            are set too.
         layers: which of them; null = all that are there.
         device: where the model is moved; null = it stays.
 
@@ -65,11 +65,12 @@ def convert_to_sparse(
         )
     read = {k: load_layer(folders[k]) for k in chosen}
     known = {k: _host({k: record["host"]}) for k, (_, record) in read.items()}
-    _replace_ffns(
+    replace_ffns(
         dense_model,
         {k: moe for k, (moe, _) in read.items()},
         {k for k, host in known.items() if host.float32_router},
     )
+    set_norms(dense_model, read_norms(Path(layers_folder)))
     return dense_model if device is None else dense_model.to(device)
 
 
@@ -83,22 +84,25 @@ def assemble(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    norms: Mapping[str, Tensor] | None = None,
     max_shard_size: str = "2GB",
     tolerance: float = 1e-3,
 ) -> None:
     """Write the sparse checkpoint of the dense model `source` to `folder`, and verify it.
 
     Args:
+        norms: healed ones, by name; null = the dense model's own.
         tolerance: largest difference of a logit, relative to the largest logit.
 
     Raises:
         ConfigError: the layers' host cannot hold this model.
-        InputError: the layers belong to another model.
+        InputError: the layers or the norms belong to another model.
         ArtifactError: a layer is damaged, or the reloaded checkpoint computes something else.
     """
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = dense.load_model(source, dtype=dtype, device=device, device_map=device_map, **loading)
     described = dense.describe(model)
+    set_norms(model, norms or {})
     read = {k: load_layer(path) for k, path in folders.items()}
     host = _host({k: record["host"] for k, (_, record) in read.items()})
     shapes = {k: moe.shape for k, (moe, _) in read.items()}
@@ -112,7 +116,7 @@ def assemble(
         )
     stored = host.store(shapes)
     moes = {k: pad_experts(moe, stored[k]) for k, (moe, _) in read.items()}
-    paths = _replace_ffns(model, moes, moes if host.float32_router else ())
+    paths = replace_ffns(model, moes, moes if host.float32_router else ())
     tensors = _hosted_tensors(model, host, paths)
     fields = host.config(described, stored)
     save_hosted(model, tensors, host, fields, folder, max_shard_size)
@@ -156,37 +160,6 @@ def pad_experts(moe: SparseMoE, shape: MoEShape) -> SparseMoE:
             tensors[name] = torch.cat([F.pad(half, below) for half in halves], dim=1)
     wide.load_state_dict(tensors)
     return wide.train(moe.training)
-
-
-def _replace_ffns(
-    model: nn.Module, layers: Mapping[int, SparseMoE], float32_routers: Collection[int]
-) -> dict[int, str]:
-    """Put the layers in, all or none; returns where each lies in the model.
-
-    Args:
-        float32_routers: layers whose router keeps its precision, whatever the FFN's dtype. A
-            rounded threshold or balance bias would send tokens elsewhere.
-    """
-    slots = dense.find_ffns(model)
-    check_layers(list(layers), len(slots))
-    for k, moe in layers.items():
-        slot = slots[k]
-        here, there = (slot.d_model, slot.d_ff), (moe.shape.d_model, moe.shape.d_ff)
-        if here != there:
-            raise InputError(
-                f"Layer {k} was trained for another dense model.",
-                value=f"d_model, d_ff {there}; the model has {here}",
-                rule="a layer replaces an FFN of the sizes that it was trained on",
-                remedy="give the dense model that was captured",
-            )
-    for k, moe in layers.items():
-        like = slots[k].weights().up_proj
-        router = copy.deepcopy(moe.router)
-        moe.to(like.device, like.dtype)
-        if k in float32_routers:
-            moe.router = router.to(like.device, torch.float32)
-        slots[k].replace(moe.eval())
-    return {k: slots[k].path for k in layers}
 
 
 def _hosted_tensors(

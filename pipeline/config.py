@@ -51,6 +51,8 @@ class Init(Enum):
     auto = "auto"  # copy where the widths match, slice otherwise
     copy = "copy"  # every expert is the whole dense FFN
     slice = "slice"  # partition the neurons in groups, replicate the groups
+    cluster = "cluster"  # slice, but a group is of neurons that act together
+    specialist = "specialist"  # partition the tokens, prune and refit the dense FFN for each part
     random = "random"
 
 
@@ -209,7 +211,10 @@ class MoEConfig:
     virtual_groups: bool = MISSING  # the slices of one replica share their router row
     router: Router = MISSING
     router_width: int = MISSING  # router=mlp: units of its hidden layer
-    router_init: RouterInit = MISSING
+    router_init: RouterInit = MISSING  # init=specialist brings its own router
+    refit: bool = (
+        MISSING  # least squares of every down_proj under the start's routing; not if exact
+    )
     balance_bias: bool = MISSING  # a bias per expert that selects and never weighs
     host: Host = MISSING  # architecture to export to; fixes the router function
     per_layer: list[LayerMoEConfig] = MISSING
@@ -236,12 +241,32 @@ class TrainConfig:
     load_balance_coef: float = MISSING
     router_z_coef: float = MISSING
     balance_bias_rate: float = MISSING  # per step, with moe.balance_bias
+    static_control: bool = MISSING  # fit plain pruning to the same active width beside the layer
     data_free: bool = MISSING  # random inputs of the captured mean and covariance
     evaluate_every: int = MISSING  # steps between validations
     checkpoint_every: int = MISSING  # steps between checkpoints to continue from
     stream: bool = MISSING  # read shuffled chunks instead of holding the split in memory
     dtype: Dtype = MISSING  # of the matrix products; weights and optimizer are float32
     kernel: Kernel = MISSING
+
+
+@dataclass
+class HealConfig:
+    """All layers trained together, in the dense model's place, on its logits."""
+
+    tokens: int = MISSING  # of the train blocks, read again where it is more; 0 = no healing
+    batch_size: int = MISSING  # sequences per step
+    learning_rate: float = MISSING  # peak, of experts and norms; falls to nearly zero
+    router_learning_rate: float | None = None  # null = learning_rate
+    train_norms: bool = MISSING  # the model's norms too; attention and embeddings never
+    weight_decay: float = MISSING  # not of norms
+    warmup_steps: int = MISSING
+    grad_clip: float = MISSING  # largest global gradient norm; 0 = no clipping
+    load_balance_coef: float = MISSING  # of the sum over layers
+    router_z_coef: float = MISSING  # of the sum over layers
+    evaluate_every: int = MISSING  # steps between validations
+    checkpoint_every: int = MISSING  # steps between checkpoints to continue from
+    dtype: Dtype = MISSING  # of the matrix products; weights and optimizer are float32
 
 
 @dataclass
@@ -281,6 +306,7 @@ class Config:
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -339,6 +365,17 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "train.balance_bias_rate": (0, None),
     "train.evaluate_every": (1, None),
     "train.checkpoint_every": (1, None),
+    "heal.tokens": (0, None),
+    "heal.batch_size": (1, None),
+    "heal.learning_rate": (0, None),
+    "heal.router_learning_rate": (0, None),
+    "heal.weight_decay": (0, None),
+    "heal.warmup_steps": (0, None),
+    "heal.grad_clip": (0, None),
+    "heal.load_balance_coef": (0, None),
+    "heal.router_z_coef": (0, None),
+    "heal.evaluate_every": (1, None),
+    "heal.checkpoint_every": (1, None),
     "convert.tolerance": (0, None),
     "evaluate.batch_size": (1, None),
     "evaluate.max_batches": (1, None),

@@ -6,6 +6,7 @@ side by side on the `heldout` and `shifted` blocks.
 Shapes: T tokens, D d_model, V vocab_size.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import corpus, workdir
 from pipeline.config import EvaluateConfig
+from pipeline.controls import OracleMoE, gap_recovery
+from pipeline.dense import find_ffns
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.layers import layer_folders, load_layer, read_history
 from pipeline.moe import SparseMoE
@@ -83,7 +86,7 @@ def evaluate(
 
 @torch.inference_mode()
 def layer_metrics(
-    moe: SparseMoE,
+    moe: SparseMoE | OracleMoE,
     reader: LayerReader,
     *,
     batch_size: int = ROWS,
@@ -211,6 +214,16 @@ def compare_on_text(
     return TextLoss((d, s), (db, sb), torch.cat(kls), agreed / predicted, blocks.numel())
 
 
+def replaced(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> PreTrainedModel:
+    """The model with other modules in its FFNs' places; its other weights are not copied."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)  # pyright: ignore[reportArgumentType]
+    slots = find_ffns(copied)
+    for k, module in modules.items():
+        slots[k].replace(copy.deepcopy(module).to(model.dtype))
+    return copied
+
+
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     device = next(model.parameters()).device
     return model(input_ids=batch.to(device), use_cache=False).logits
@@ -224,6 +237,7 @@ def measure(
     tokens: Path,
     layers: Mapping[int, Path],
     stores: Mapping[int, LayerReader],
+    controls: Mapping[str, Mapping[int, SparseMoE | OracleMoE]],
     cfg: EvaluateConfig,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -232,29 +246,38 @@ def measure(
     Args:
         tokens: the folder that `corpus.write_blocks` filled.
         layers: the trained layers' folders; each is judged on its own of `stores`.
+        controls: name -> what it puts in the place of each FFN; see `pipeline.controls`.
     """
     counts = workdir.read_json(tokens / corpus.RECORD)["splits"]
     read = {k: load_layer(folder) for k, folder in layers.items()}
     judged = {k: layer_metrics(moe.to(dense.device), stores[k]) for k, (moe, _) in read.items()}
-    texts = {
-        name: compare_on_text(
-            dense,
-            sparse,
-            corpus.read_blocks(tokens, name),
-            counts[name]["bytes"],
-            batch_size=cfg.batch_size,
-            max_batches=cfg.max_batches,
-            progress=progress,
-        )
-        for name in TEXTS
-    }
+
+    def compare(other: nn.Module) -> dict[str, TextLoss]:
+        return {
+            name: compare_on_text(
+                dense,
+                other,
+                corpus.read_blocks(tokens, name),
+                counts[name]["bytes"],
+                batch_size=cfg.batch_size,
+                max_batches=cfg.max_batches,
+                progress=progress,
+            )
+            for name in TEXTS
+        }
+
     metrics = figures(
         judged,
         {k: moe.shape for k, (moe, _) in read.items()},
-        texts,
+        compare(sparse),
         dense.num_parameters(),
         sparse.num_parameters(),
     )
+    found = {}
+    for name, modules in controls.items():
+        of_layers = {k: layer_metrics(module, stores[k]) for k, module in modules.items()}
+        found[name] = control_figures(of_layers, compare(replaced(dense, modules)))
+    metrics |= {"controls": found, **_gap_recovery(judged, found)}
     return {
         "metrics": metrics,
         "layers": {k: config for k, (_, config) in read.items()},
@@ -316,7 +339,11 @@ def figures(
         "sparse": {**sparse, "parameters": parameters},
         "judged_tokens": {name: text.tokens for name, text in texts.items()},
         "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in texts.items()},
-        "kl": {"mean": float(heldout.kl.mean()), "p99": float(heldout.kl.quantile(0.99))},
+        "kl": {
+            "mean": float(heldout.kl.mean()),
+            "p99": float(heldout.kl.quantile(0.99)),
+            "by_text": {name: float(text.kl.mean()) for name, text in texts.items()},
+        },
         "top1_agreement": heldout.top1_agreement,
         "active_ffn_fraction": _by_width(run, shapes),
         "active_flops_fraction": _by_width(run_with_router, shapes),
@@ -325,6 +352,37 @@ def figures(
         "good_layers": {"good": len(good), "of": len(layers), "cosine_above": GOOD_COSINE},
         "layers": {str(k): dict(m) for k, m in layers.items()},
     }
+
+
+def control_figures(
+    layers: Mapping[int, Mapping[str, Any]], texts: Mapping[str, TextLoss]
+) -> dict[str, Any]:
+    """What `metrics.json` says of one control, under the names that the sparse model has."""
+    return {
+        "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in texts.items()},
+        "kl": {"by_text": {name: float(text.kl.mean()) for name, text in texts.items()}},
+        "cosine_sim": _mean_and_worst(layers, "cosine_sim", min),
+        "relative_mse": _mean_and_worst(layers, "relative_mse", max),
+        "layers": {
+            str(k): {name: m[name] for name in ("relative_mse", "cosine_sim")}
+            for k, m in layers.items()
+        },
+    }
+
+
+def _gap_recovery(
+    ours: Mapping[int, Mapping[str, Any]], controls: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`gap_recovery` where both controls are there: mean, worst layer, and every layer's."""
+    if not {"static", "oracle"} <= controls.keys():
+        return {}
+    layers = {}
+    for k, m in ours.items():
+        static, oracle = (controls[c]["layers"][str(k)] for c in ("static", "oracle"))
+        errors = (judged["relative_mse"] for judged in (m, static, oracle))
+        layers[k] = {"gap_recovery": gap_recovery(*errors)}
+    known = {str(k): m["gap_recovery"] for k, m in layers.items()}
+    return {"gap_recovery": {**_mean_and_worst(layers, "gap_recovery", min), "layers": known}}
 
 
 def _parameters(shapes: Mapping[int, MoEShape], dense: int, stored: int) -> dict[str, int]:

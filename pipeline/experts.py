@@ -38,7 +38,7 @@ def start_experts(
     """The experts' parameters of a `SparseMoE` (all but its router), at least float32, on the CPU.
 
     Args:
-        init: `copy` or `slice` (both: replicate the groups), or `random`.
+        init: `copy`, `slice` or `cluster` (all: replicate the groups), or `random`.
         init_noise: normal noise on replicated weights, in standard deviations of each tensor.
         partition: (G, F / G) neuron indices, each neuron once; null = `slice_partition`.
 

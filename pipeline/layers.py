@@ -44,6 +44,11 @@ def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:
     workdir.write_json(folder / CONFIG, {**record, "shape": shape, "dtype": dtype})
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether `save_layer` has ended there; its record is the last that it writes."""
+    return (folder / CONFIG).is_file()
+
+
 def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
     """The layer on the CPU in evaluation mode, and its record.
 

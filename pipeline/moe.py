@@ -67,15 +67,17 @@ class SparseMoE(nn.Module):
         """`forward`, and the routing of its T = prod(...) tokens for the router's losses."""
         x_TD = x.reshape(-1, self.shape.d_model)
         routing = self.route(x_TD)
-        dtype = self._compute_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
+        return self.run(x_TD, routing).view_as(x), routing
+
+    def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D) -> (T, D): the experts as `routing` says, in the compute dtype."""
+        dtype = self._compute_dtype(x_TD.device.type)
+        with torch.autocast(x_TD.device.type, enabled=False):
             weights, experts = routing.expert_weights.to(dtype), self.experts(dtype)
             if isinstance(routing, ExpertChoice):
-                y_TD = taken(x_TD.to(dtype), weights, routing.token_ids, experts)
-            else:
-                kernel = KERNELS[self.kernel]
-                y_TD = kernel(x_TD.to(dtype), weights, routing.expert_ids, experts)
-        return y_TD.view_as(x), routing
+                return taken(x_TD.to(dtype), weights, routing.token_ids, experts)
+            kernel = KERNELS[self.kernel]
+            return kernel(x_TD.to(dtype), weights, routing.expert_ids, experts)
 
     def route(self, x_TD: Tensor) -> Routing:
         """Who works on which token, in float32 (float64 where the weights are)."""

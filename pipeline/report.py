@@ -117,6 +117,9 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         "unserved": _most_unserved(metrics["layers"], shapes),
         "verdicts": f"{good['good']} of {good['of']} layers good: cosine above "
         f"{good['cosine_above']:g}.",
+        "compared": {"sparse": metrics, **metrics["controls"]},
+        "against_static": _against_static(metrics),
+        "no_static": "" if metrics["active_ffn_fraction"] < 1 else "; as much is run as in it",
         "trust": "" if native else ", trust_remote_code=True",
         "most_panels": MOST_PANELS,
         "routing_names": list(ROUTING),
@@ -129,6 +132,19 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         "versions": manifests["convert"]["versions"],
         "revision": manifests["dense"]["settings"]["model.revision"],
     }
+
+
+def _against_static(metrics: Mapping[str, Any]) -> str:
+    """What the comparison with plain pruning says, in one sentence."""
+    if "static" not in metrics["controls"]:
+        return ""
+    ratio = metrics["perplexity_ratio"]["heldout"]
+    static = metrics["controls"]["static"]["perplexity_ratio"]["heldout"]
+    said = f"Plain pruning to the same active size, refitted and trained alike, has {static:.3f}"
+    if ratio >= static:
+        return f"{said} where the sparse model has {ratio:.3f}: here the router is worth nothing."
+    lost = (ratio - 1) / (static - 1)
+    return f"{said}; the sparse model loses {lost:.0%} of what that loses."
 
 
 def _by_shape(shapes: Mapping[int, MoEShape]) -> list[dict[str, Any]]:

@@ -60,6 +60,16 @@ class MoEShape:
         return self.n_experts // self.groups
 
     @property
+    def n_specialists(self) -> int:
+        """Experts with tokens of their own, or teams of them, always chosen together."""
+        return self.n_experts // (self.top_k if self.capacity_factor is None else 1)
+
+    @property
+    def d_ff_specialist(self) -> int:
+        """Neurons of all the experts of one team."""
+        return self.n_experts // self.n_specialists * self.d_ff_expert
+
+    @property
     def expert_parameters(self) -> float:
         """Of one expert; their mean where widths differ."""
         return sum(map(self._ffn_parameters, self.widths)) / self.n_experts
@@ -135,7 +145,7 @@ def _width_error(value: object, why: str, near: list[int]) -> ConfigError:
 
 
 def resolve_init(init: str, init_from_dense: bool, d_ff: int, d_ff_expert: int) -> str:
-    """`copy`, `slice` or `random` for the settings `moe.init` and `moe.init_from_dense`."""
+    """A start's name, never `auto`, for the settings `moe.init` and `moe.init_from_dense`."""
     if not init_from_dense:
         return "random"
     if init != "auto":
@@ -152,7 +162,16 @@ def check_start(shape: MoEShape, init: str) -> None:
             rule="moe.init=copy needs equal widths",
             remedy="set moe.d_ff_expert=null, or moe.init=slice",
         )
-    if init != "slice":
+    if init == "specialist" and shape.capacity_factor is None and shape.n_experts % shape.top_k:
+        near = shape.n_experts // shape.top_k * shape.top_k
+        raise ConfigError(
+            "The experts do not form whole specialists.",
+            value=f"moe.n_experts={shape.n_experts}, moe.top_k={shape.top_k}",
+            rule="moe.init=specialist takes moe.top_k experts together as one specialist",
+            remedy=f"the nearest valid: moe.n_experts={near} or "
+            f"moe.n_experts={near + shape.top_k}; moe.top_k=1 takes any",
+        )
+    if init not in ("slice", "cluster"):
         return
     if shape.d_ff_expert < shape.d_ff and shape.d_ff % shape.d_ff_expert:
         divisors = [width for width in range(1, shape.d_ff + 1) if shape.d_ff % width == 0]
@@ -161,7 +180,7 @@ def check_start(shape: MoEShape, init: str) -> None:
         raise ConfigError(
             "The dense FFN does not divide into experts of this width.",
             value=f"width {shape.d_ff_expert} of moe.d_ff_expert, dense width {shape.d_ff}",
-            rule="moe.init=slice needs a width that divides the dense one",
+            rule=f"moe.init={init} needs a width that divides the dense one",
             remedy="the nearest valid: "
             + " or ".join(f"moe.d_ff_expert={w}" for w in (below, above) if w >= MIN_WIDTH)
             + "; moe.init=random takes any",
@@ -173,18 +192,18 @@ def check_start(shape: MoEShape, init: str) -> None:
             "The groups of dense neurons do not share out evenly among the experts.",
             value=f"moe.n_experts={shape.n_experts}, {shape.groups} groups "
             f"({shape.d_ff} / {shape.d_ff_expert} neurons)",
-            rule="moe.init=slice needs moe.n_experts to be a multiple of the number of groups",
+            rule=f"moe.init={init} needs moe.n_experts to be a multiple of the number of groups",
             remedy=f"the nearest valid: {' or '.join(f'moe.n_experts={n}' for n in near)}",
         )
 
 
 def check_virtual_groups(shape: MoEShape, init: str, router_init: str) -> None:
     """Raise `ConfigError` where no top-k could take whole replicas of the dense FFN."""
-    if init == "random" or shape.top_k % shape.groups:
+    if init in ("random", "specialist") or shape.top_k % shape.groups:
         raise ConfigError(
             "Virtual groups need whole replicas of the dense FFN to choose from.",
             value=f"moe.init={init}, moe.top_k={shape.top_k}, {shape.groups} groups",
-            rule="moe.virtual_groups=true needs experts started from the dense FFN, and moe.top_k "
+            rule="moe.virtual_groups=true needs moe.init=copy, slice or cluster, and moe.top_k "
             "a multiple of the number of groups (d_ff / d_ff_expert)",
             remedy=f"set moe.top_k={shape.groups}, or moe.virtual_groups=false",
         )

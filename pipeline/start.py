@@ -1,10 +1,12 @@
-"""How a sparse layer begins: its experts, its router and one fitted scale, before any training.
+"""How a sparse layer begins: experts, router, one fitted scale and a refit, before any training.
 
-The experts are groups of the dense FFN's neurons, replicated (`experts.py`). A router that starts
-by `ridge` predicts from the input what each group would contribute, and sends each token to one
-replica of every group: the replicas' rows also hold a random projection of the input that is the
-same for all groups of a replica, so that two replicas of one group are rarely chosen together,
-which would add nothing while they are alike.
+The experts are groups of the dense FFN's neurons, replicated (`experts.py`), or specialists for
+parts of the tokens, which bring their router (`specialists.py`). A router that starts by `ridge`
+predicts from the input what each group would contribute, and sends each token to one replica of
+every group: the replicas' rows also hold a random projection of the input that is the same for all
+groups of a replica, so that two replicas of one group are rarely chosen together, which would add
+nothing while they are alike. Last, where it is asked for and the start is not exact, every
+`down_proj` is refitted under this routing (`fit.py`).
 
 Shapes: T tokens, D d_model, E experts, G groups, R replicas (E = R G).
 """
@@ -18,12 +20,15 @@ from torch import Tensor
 from pipeline.config import MoEConfig, RouterInit
 from pipeline.experts import group_contributions, slice_partition, start_experts
 from pipeline.ffn import DenseFFN
+from pipeline.fit import refit_down
 from pipeline.moe import SparseMoE, fit_scale, fit_thresholds
+from pipeline.partition import cluster_partition
 from pipeline.shape import MoEShape
+from pipeline.specialists import start_specialists
 from pipeline.store import Rows
 
 ROUTER_STD = 0.02  # of random rows, as transformers initialises a router
-RIDGE_ROWS = 16384  # training tokens that a ridge start looks at
+RIDGE_ROWS = 16384  # training tokens that a ridge start looks at, and a clustering of neurons
 RIDGE = 1e-3  # of the mean diagonal of the inputs' Gram matrix
 LOGIT_STD = 0.1  # of a ridge start's logits: the weights start nearly even
 REPLICA_STD = 4.0  # of the replicas' common part, in standard deviations of the groups' part
@@ -36,19 +41,18 @@ def start_layer(
 
     Args:
         plan: the layer's file of the `budget` stage: `layer`, `shape`, `init`.
-        reader: the layer's own store; `train` for the router, `validation` for the scale.
+        reader: the layer's own store; `train` for router and fits, `validation` for the scale and
+            for what is chosen among fits.
 
     Raises:
         ConfigError: the sizes do not allow this start.
     """
     shape = MoEShape(**plan["shape"])
     generator = torch.Generator().manual_seed(seed + 1000003 * plan["layer"])
-    experts = start_experts(
-        ffn, shape, plan["init"], init_noise=cfg.init_noise, generator=generator
-    )
     moe = SparseMoE(shape).eval()
-    router = start_router(ffn, shape, plan["init"], cfg, reader, generator)
-    moe.load_state_dict({**moe.state_dict(), **experts, "router.weight": router})
+    moe.load_state_dict(
+        {**moe.state_dict(), **_weights(ffn, shape, plan["init"], cfg, reader, generator)}
+    )
     if shape.router_width:  # its output stays zero: both kinds of router start alike
         std = shape.d_model**-0.5
         torch.nn.init.normal_(moe.router.hidden_proj, std=std, generator=generator)
@@ -56,17 +60,43 @@ def start_layer(
         ffn_input, ffn_output = reader.read("validation")
         fit_thresholds(moe, ffn_input.float())
         fit_scale(moe, ffn_input.float(), ffn_output.float())
+        if cfg.refit:
+            refit_down(moe, reader)
     return moe
 
 
 def is_exact(shape: MoEShape, init: str, cfg: MoEConfig) -> bool:
     """Whether the start gives the dense FFN's output, up to `moe.init_noise` (see `experts.py`)."""
-    if init == "random" or shape.routing == "expert_choice":
+    if init in ("random", "specialist") or shape.routing == "expert_choice":
         return False
     if shape.groups == 1 or cfg.virtual_groups:
         return True
     alike = cfg.router_init is RouterInit.zero
     return alike and shape.replicas == 1 and shape.top_k == shape.n_experts
+
+
+def _weights(
+    ffn: DenseFFN,
+    shape: MoEShape,
+    init: str,
+    cfg: MoEConfig,
+    reader: Rows,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The experts' parameters and `router.weight`."""
+    if init == "specialist":
+        return start_specialists(ffn.to("cpu", torch.float32), shape, reader, generator)
+    partition = None
+    if init == "cluster":
+        x_TD = reader.read("train", 0, RIDGE_ROWS)[0].float()
+        dense = ffn.to("cpu", torch.float32)
+        partition = cluster_partition(dense, x_TD, shape.groups, generator)
+    noise = cfg.init_noise
+    experts = start_experts(
+        ffn, shape, init, init_noise=noise, generator=generator, partition=partition
+    )
+    router = start_router(ffn, shape, init, cfg, reader, generator, partition)
+    return {**experts, "router.weight": router}
 
 
 @torch.no_grad()
@@ -77,8 +107,9 @@ def start_router(
     cfg: MoEConfig,
     reader: Rows,
     generator: torch.Generator,
+    partition: Tensor | None = None,
 ) -> Tensor:
-    """(E, D) float32 router rows."""
+    """(E, D) float32 router rows; `partition` as `experts.start_experts` takes it."""
     E, D = shape.n_experts, shape.d_model
     if cfg.router_init is RouterInit.zero:
         return torch.zeros(E, D)
@@ -87,15 +118,22 @@ def start_router(
         weight = ROUTER_STD * torch.randn(rows, D, generator=generator)
         return weight.repeat_interleave(E // rows, dim=0)
     x_TD = reader.read("train", 0, RIDGE_ROWS)[0].float()
-    target_TE = _targets(ffn.to("cpu", torch.float32), shape, cfg, x_TD, generator)
+    if partition is None:
+        partition = slice_partition(shape.d_ff, shape.groups)
+    dense = ffn.to("cpu", torch.float32)
+    target_TE = _targets(dense, shape, cfg, x_TD, generator, partition)
     return _ridge(x_TD, target_TE)
 
 
 def _targets(
-    ffn: DenseFFN, shape: MoEShape, cfg: MoEConfig, x_TD: Tensor, generator: torch.Generator
+    ffn: DenseFFN,
+    shape: MoEShape,
+    cfg: MoEConfig,
+    x_TD: Tensor,
+    generator: torch.Generator,
+    partition: Tensor,
 ) -> Tensor:
     """(T, E) logits that a router should give."""
-    partition = slice_partition(shape.d_ff, shape.groups)
     group_TG = torch.cat([group_contributions(ffn, x, partition) for x in x_TD.split(1024)])
     group_TG = group_TG - group_TG.mean(dim=1, keepdim=True)
     if cfg.virtual_groups or shape.groups == 1:

@@ -15,8 +15,11 @@ from torch import Tensor
 import pipeline
 from pipeline import corpus, evaluation, workdir
 from pipeline.config import Codec, EvaluateConfig
+from pipeline.controls import OracleMoE
+from pipeline.dense import find_ffns
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError, ConfigError, InputError
+from pipeline.ffn import DenseFFN
 from pipeline.layers import save_layer, write_history
 from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.pretrain import train_tokenizer
@@ -339,7 +342,8 @@ def test_a_model_compared_with_itself_loses_nothing():
         {0: judged()}, {0: SHAPE}, {"heldout": found, "shifted": found}, 1, 1
     )
     assert metrics["perplexity_ratio"] == {"heldout": 1, "shifted": 1}
-    assert metrics["kl"] == {"mean": 0, "p99": 0}
+    both = {"heldout": 0, "shifted": 0}
+    assert metrics["kl"] == {"mean": 0, "p99": 0, "by_text": both}
 
 
 def test_perplexity_is_that_of_transformers_loss():
@@ -501,7 +505,7 @@ def test_figures_name_each_text_side_and_layer():
     assert found["dense"]["byte_perplexity"] == {"heldout": 1.5, "shifted": 1.5}
     assert found["sparse"]["byte_perplexity"] == {"heldout": 1.75, "shifted": 1.75}
     assert found["perplexity_ratio"] == {"heldout": 1.5, "shifted": 2}
-    assert found["kl"] == {"mean": 50, "p99": 99}
+    assert found["kl"]["mean"] == 50 and found["kl"]["p99"] == 99
     assert found["top1_agreement"] == 0.5
     assert found["cosine_sim"] == {"mean": pytest.approx(0.7), "worst": 0.5}
     assert found["relative_mse"] == {"mean": pytest.approx(0.4), "worst": 0.6}
@@ -569,6 +573,7 @@ def parts(tmp_path: Path, tokenizer) -> dict[str, Any]:
         stores[k] = stored(tmp_path / f"layer_{k}.zarr", rows(), rows(seed=k))
     models = {"dense": llama(), "sparse": mixtral(SHAPE)}
     given = {"tokenizer": tokenizer, "tokens": tokens, "layers": layers, "stores": stores}
+    given["controls"] = {}
     return models | given
 
 
@@ -612,3 +617,55 @@ def test_measure_gives_everything_that_the_report_tells(parts: dict[str, Any]):
     for side, model in (("dense", dense), ("sparse", sparse)):
         said = evaluation.continuation(model, tokenizer, "Return", 3)
         assert found["samples"][side] == said
+
+
+def ffns() -> dict[int, DenseFFN]:
+    return {slot.index: slot.weights() for slot in find_ffns(llama())}
+
+
+def test_controls_are_judged_as_the_sparse_model_is(parts: dict[str, Any]):
+    """In the FFNs' places of the same dense model, on the same rows and the same text."""
+    static = {k: layer(seed=5 + k) for k in (0, 1)}
+    oracle = {k: OracleMoE(layer(seed=k), ffn) for k, ffn in ffns().items()}
+    controls = {"static": static, "oracle": oracle}
+    cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=0)
+    before = [p.clone() for p in parts["dense"].parameters()]
+    metrics = evaluation.measure(**parts | {"controls": controls}, cfg=cfg)["metrics"]
+    assert finite(metrics)
+    assert all(map(torch.equal, before, parts["dense"].parameters()))
+    for name, modules in controls.items():
+        found, model = metrics["controls"][name], llama()
+        for k, slot in enumerate(find_ffns(model)):
+            slot.replace(modules[k])
+            alone = evaluation.layer_metrics(modules[k], parts["stores"][k])
+            assert found["layers"][str(k)]["relative_mse"] == alone["relative_mse"]
+        for text in ("heldout", "shifted"):
+            read = corpus.read_blocks(parts["tokens"], text)
+            loss = compared(parts["dense"], model, blocks=read)
+            wanted = loss.perplexity[1] / loss.perplexity[0]
+            assert found["perplexity_ratio"][text] == pytest.approx(wanted, rel=1e-5)
+            assert found["kl"]["by_text"][text] == pytest.approx(float(loss.kl.mean()), rel=1e-4)
+    ours, best = (
+        {k: found["relative_mse"] for k, found in of.items()}
+        for of in (metrics["layers"], metrics["controls"]["oracle"]["layers"])
+    )
+    plain = metrics["controls"]["static"]["layers"]
+    for k, recovered in metrics["gap_recovery"]["layers"].items():
+        gap = plain[k]["relative_mse"] - best[k]
+        wanted = (plain[k]["relative_mse"] - ours[k]) / gap if gap > 0 else None
+        assert recovered == (None if wanted is None else pytest.approx(wanted))
+
+
+def test_without_both_controls_no_gap_is_told(parts: dict[str, Any]):
+    cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=0)
+    static = {"static": {k: layer(seed=5 + k) for k in (0, 1)}}
+    metrics = evaluation.measure(**parts | {"controls": static}, cfg=cfg)["metrics"]
+    assert metrics["controls"].keys() == {"static"} and "gap_recovery" not in metrics
+
+
+def test_controls_of_a_bfloat16_model_compute_in_bfloat16(parts: dict[str, Any]):
+    dense = parts["dense"].bfloat16()
+    copied = evaluation.replaced(dense, {0: layer()})
+    logits = copied(blocks(1)).logits
+    assert logits.dtype == torch.bfloat16
+    assert copied.get_input_embeddings().weight is dense.get_input_embeddings().weight

@@ -52,6 +52,13 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
     def texts(scale: float) -> dict[str, float]:
         return {"heldout": scale * share(), "shifted": scale * share()}
 
+    def control() -> dict[str, Any]:
+        figures = {"perplexity_ratio": texts(3), "kl": {"by_text": texts(2)}}
+        means = ("cosine_sim", "relative_mse")
+        figures |= {name: {"mean": share(), "worst": share()} for name in means}
+        layers = {str(k): {name: share() for name in means} for k in range(n_layers)}
+        return figures | {"layers": layers}
+
     metrics = {
         "dense": {"perplexity": texts(90), "byte_perplexity": texts(9), "parameters": 34_976_123},
         "sparse": {
@@ -60,7 +67,13 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
             "parameters": {"total": 98_765_432, "active": 23_456_789},
         },
         "perplexity_ratio": texts(5),
-        "kl": {"mean": share(), "p99": 3 * share()},
+        "kl": {"mean": share(), "p99": 3 * share(), "by_text": texts(1)},
+        "controls": {name: control() for name in ("static", "oracle")},
+        "gap_recovery": {
+            "mean": share(),
+            "worst": share(),
+            "layers": {str(k): share() for k in range(n_layers)},
+        },
         "top1_agreement": share(),
         "active_ffn_fraction": share(),
         "active_flops_fraction": share(),
@@ -327,7 +340,7 @@ def test_null_figures_are_shown_as_a_dash_with_their_reason(tmp_path: Path):
     page = written(tmp_path, given)
     assert "Layer 1 has no relative error and no cosine: it is zero <b>." in page.text
     assert "Layer 0 has no" not in page.text
-    assert page.text.count("\u2013") == 6
+    assert page.text.count("\u2013") == 8
     assert "NaN" not in "".join(content.decode() for content in files(tmp_path).values())
     rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
     assert rows[1]["relative_mse"] == rows[1]["cosine_sim"] == ""
@@ -452,7 +465,7 @@ def test_experts_that_choose_come_with_a_warning_and_the_share_they_leave(folder
     summary = (tmp_path / "summary.txt").read_text()
     assert "23.5 % in layer 1" in summary and "token_choice is recommended" in summary
     plain = "".join((folder / f).read_text() for f in ("README.md", "summary.txt", "report.html"))
-    assert "recommended" not in plain and "the worst" not in plain
+    assert "recommended" not in plain and ", the worst" not in plain
 
 
 def test_the_widths_of_resized_experts_are_drawn_and_tabulated(page: Page, tmp_path: Path):
@@ -601,7 +614,9 @@ def test_model_card_has_a_front_matter_the_figures_and_the_configuration(folder:
         assert all(shown(value, body) for value in metrics[side]["perplexity"].values())
     for name in ("kl", "cosine_sim", "sparse"):
         values = metrics[name]["parameters"] if name == "sparse" else metrics[name]
-        assert all(shown(v, body) for key, v in values.items() if key != "p99"), name
+        assert all(shown(v, body) for key, v in values.items() if key not in ("p99", "by_text")), (
+            name
+        )
     for name in ("top1_agreement", "active_ffn_fraction"):
         assert shown(metrics[name], body), name
     assert shown(metrics["dense"]["parameters"], body) and "convert0123" in body
@@ -639,3 +654,57 @@ def test_summary_has_the_figures_that_decide(folder: Path):
     for k, layer in metrics["layers"].items():
         assert f"{k}: {report._number(layer['cosine_sim'])}" in summary
     assert "3 layers, mixtral" in summary and "report.html" in summary
+
+
+# Controls
+
+
+def controlled(ours: float, static: float) -> dict[str, Any]:
+    given = content()
+    given["metrics"]["perplexity_ratio"]["heldout"] = ours
+    given["metrics"]["controls"]["static"]["perplexity_ratio"]["heldout"] = static
+    return given
+
+
+def html_of(folder: Path, given: dict[str, Any]) -> str:
+    written(folder, given)
+    return (folder / "report.html").read_text()
+
+
+def test_controls_stand_beside_the_sparse_model(tmp_path: Path):
+    given = content()
+    page = html_of(tmp_path, given)
+    for name, control in given["metrics"]["controls"].items():
+        assert f"<tr><td>{name}</td>" in page
+        for figures in (control["perplexity_ratio"], control["kl"]["by_text"]):
+            assert all(report._number(figure) in page for figure in figures.values())
+        assert report._number(control["relative_mse"]["mean"]) in page
+    assert f"{100 * given['metrics']['gap_recovery']['mean']:.1f} %" in page
+    summary = (tmp_path / "summary.txt").read_text()
+    static = given["metrics"]["controls"]["static"]["perplexity_ratio"]
+    assert f"heldout {static['heldout']:.3f}, shifted {static['shifted']:.3f}" in summary
+
+
+def test_the_report_says_what_the_router_is_worth(tmp_path: Path):
+    page = html_of(tmp_path, controlled(1.03, 1.06))
+    assert "has 1.060; the sparse model loses 50% of what that loses." in page
+    assert "loses 50% of what that loses" in (tmp_path / "README.md").read_text()
+    page = html_of(tmp_path, controlled(1.07, 1.06))
+    assert "here the router is worth nothing" in page
+
+
+def test_a_layer_worse_than_plain_pruning_is_named(tmp_path: Path):
+    given = content()
+    assert "worse than plain pruning" not in html_of(tmp_path, given)
+    given["metrics"]["gap_recovery"]["worst"] = -0.1
+    assert "worse than plain pruning" in html_of(tmp_path, given)
+
+
+def test_a_report_without_a_static_control_says_so(tmp_path: Path):
+    given = content()
+    given["metrics"]["controls"] = {}
+    del given["metrics"]["gap_recovery"]
+    page = html_of(tmp_path, given)
+    assert "No static control" in page and "Against controls" not in page
+    given["metrics"]["active_ffn_fraction"] = 2.0
+    assert "as much is run as in it" in html_of(tmp_path, given)

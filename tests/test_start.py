@@ -46,6 +46,7 @@ PLAIN = MoEConfig(
     init=Init.auto,
     init_noise=0.0,
     virtual_groups=False,
+    refit=False,
     router_init=RouterInit.ridge,
     host=Host.auto,
     routing=Routing.token_choice,
@@ -208,6 +209,25 @@ def test_carve_without_virtual_groups_is_not_exact_with_other_routers(stored, ro
     assert error(begin(stored, F // 4, 4, 4, router_init=router_init), stored[1]) > 1e-9
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_carve_by_clusters_is_as_exact_as_one_by_slices(family, groups):
+    settings = {"router_init": RouterInit.zero}
+    moe = begin(family, F // groups, groups, groups, "cluster", **settings)
+    assert_exact(moe, family[1])
+
+
+@pytest.mark.parametrize("init", ["slice", "cluster"])
+def test_exact_starts_are_not_refitted(stored, init):
+    exact = [
+        ((F, 4, 2, "copy"), {}),
+        ((F // 4, 4, 4, init), {"router_init": RouterInit.zero}),
+        ((F // 4, 8, 4, init), {"virtual_groups": True}),
+    ]
+    for sizes, settings in exact:
+        one, two = (begin(stored, *sizes, **settings, refit=refit) for refit in (False, True))
+        assert same(one, two)
+
+
 def test_exact_starts_are_not_scaled(stored):
     """With noise neither: it is wanted, and a scale would only hide a part of it."""
     ffn, reader = stored
@@ -345,6 +365,64 @@ def test_zero_router_gives_zero_rows(stored, init):
     assert moe.router.weight.count_nonzero() == 0
 
 
+# Clusters, specialists and refits
+
+
+def shuffled(ffn: DenseFFN) -> DenseFFN:
+    """The same function, its neurons in mixed order."""
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(3))
+    assert ffn.gate_proj is not None
+    return DenseFFN(ffn.up_proj[order], ffn.down_proj[:, order], ffn.gate_proj[order])
+
+
+def test_clusters_find_what_slices_miss(stored):
+    """Neurons that lean one way are found again, and the router predicts just these groups."""
+    ffn, reader = shuffled(stored[0]), stored[1]
+    sizes = (F // 8, 8, 2)
+    clusters, slices = (
+        error(begin((ffn, reader), *sizes, i), reader) for i in ("cluster", "slice")
+    )
+    assert clusters < 0.85 * slices
+    in_order = error(begin(stored, *sizes, "slice"), reader)
+    assert clusters < 1.1 * in_order
+
+
+@pytest.mark.parametrize("router_init", RouterInit)
+@pytest.mark.parametrize("init", ["slice", "cluster", "random"])
+def test_refit_improves_starts_that_are_not_exact(stored, init, router_init):
+    settings = {"router_init": router_init}
+    plain, refitted = (
+        begin(stored, F // 4, 8, 2, init, **settings, refit=refit) for refit in (False, True)
+    )
+    assert error(refitted, stored[1]) < error(plain, stored[1])
+    for name in ("gate_up_proj", "router.weight"):
+        assert torch.equal(plain.get_parameter(name), refitted.get_parameter(name))
+
+
+def test_refit_is_under_the_thresholds_of_experts_that_choose(stored):
+    ffn, reader = stored
+    plan = plan_of(ffn, F // 4, 8, 2)
+    plan["shape"] |= {"routing": "expert_choice", "capacity_factor": 2.0}
+    plain, refitted = (
+        start_layer(ffn, plan, replace(PLAIN, refit=refit), reader, seed=0)
+        for refit in (False, True)
+    )
+    assert error(refitted, reader) < error(plain, reader)
+
+
+@pytest.mark.parametrize("init", ["slice", "cluster"])
+def test_specialists_start_better_than_any_carve_of_their_size(stored, init):
+    carved = begin(stored, F // 4, 4, 1, init, refit=True)
+    specialists = begin(stored, F // 4, 4, 1, "specialist")
+    assert error(specialists, stored[1]) < error(carved, stored[1])
+
+
+def test_specialists_need_no_multiple_of_the_groups(stored):
+    moe = begin(stored, 24, 5, 1, "specialist")
+    routing = moe.route(stored[1].read("validation")[0])
+    assert routing_statistics(routing.taken_TE())["dead_experts"] == 0
+
+
 # Settings
 
 
@@ -385,6 +463,9 @@ def test_init_noise_parts_the_replicas(stored):
         {"init_noise": 0.1},
         {"virtual_groups": True},
         {"init": "random"},
+        {"init": "cluster"},
+        {"init": "specialist"},
+        {"refit": True},
         {"seed": 1},
     ],
     ids=str,

@@ -239,7 +239,7 @@ CHANGED: dict[str, Any] = {
     "stream": True,
 }
 ELSEWHERE = {"evaluate_every", "checkpoint_every", "dtype", "kernel"}
-ELSEWHERE |= {"balance_bias_rate", "data_free"}
+ELSEWHERE |= {"balance_bias_rate", "data_free", "static_control"}
 """They have tests of their own."""
 
 

@@ -3,7 +3,8 @@
 Inside the DAG it reads the stages before it. Alone, it needs three paths and nothing else: no DVC,
 no conf/, no other stage; each layer's folder records what it needs.
 
-Reads:  the dense model; stages/train/layer_K, or stages/heal/layer_K where a layer was healed
+Reads:  the dense model; stages/train/layer_K, or stages/heal/layer_K where a layer was healed, and
+        stages/heal/norms.safetensors where norms were
 Writes: stages/convert: config, safetensors, tokenizer, generation config; the modelling file too
         where the layers' host is `sparse_distilled`
 Cost:   the dense weights once through memory, and one reload in a fresh process
@@ -18,7 +19,7 @@ from pathlib import Path
 from pipeline import command, record, runtime, workdir
 from pipeline.config import Config, ConvertConfig, RuntimeConfig, select
 from pipeline.errors import ConfigError
-from pipeline.stages import CONVERT, DENSE, final_layers
+from pipeline.stages import CONVERT, DENSE, HEAL, final_layers
 
 MODULE = "pipeline.stages.convert"
 PARAMS = (
@@ -35,7 +36,7 @@ def run(cfg: Config) -> None:
     layers = final_layers(cfg.model.layers)
 
     def compute(folder: Path) -> None:
-        from pipeline import checkpoint
+        from pipeline import assembly, checkpoint
 
         source, revision = record.source(cfg.model, DENSE)
         checkpoint.assemble(
@@ -47,6 +48,7 @@ def run(cfg: Config) -> None:
             device_map=cfg.model.device_map,
             trust_remote_code=cfg.model.trust_remote_code,
             device=runtime.pick_device(cfg.runtime),
+            norms=assembly.read_norms(HEAL),
             max_shard_size=cfg.convert.max_shard_size,
             tolerance=cfg.convert.tolerance,
         )
@@ -57,6 +59,7 @@ def run(cfg: Config) -> None:
         settings=select(cfg, PARAMS),
         inputs={
             "dense": workdir.digest(DENSE),
+            "healed": workdir.digest(HEAL),
             **{f"layer_{k}": workdir.digest(folder) for k, folder in layers.items()},
         },
         compute=compute,
@@ -77,10 +80,12 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     assert cfg.dense and cfg.layers and cfg.output
     source, output = cfg.dense, Path(cfg.output).absolute()
     _check_output(output)
-    from pipeline import checkpoint
+    from pipeline import assembly, checkpoint
     from pipeline.layers import layer_folders
 
-    folders = layer_folders(Path(cfg.layers))
+    given = Path(cfg.layers)
+    folders, norms = layer_folders(given), given / assembly.NORMS
+    healed = {"norms": workdir.file_digest(norms)} if norms.exists() else {}
 
     def compute(folder: Path) -> None:
         checkpoint.assemble(
@@ -89,6 +94,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             folder,
             revision=cfg.revision,
             device=runtime.pick_device(how),
+            norms=assembly.read_norms(given),
             max_shard_size=cfg.max_shard_size,
             tolerance=cfg.tolerance,
         )
@@ -100,6 +106,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
         settings={"max_shard_size": cfg.max_shard_size, "tolerance": cfg.tolerance},
         inputs={
             "dense": _identity(source, cfg.revision),
+            **healed,
             **{f"layer_{k}": workdir.digest(folder) for k, folder in folders.items()},
         },
         compute=compute,

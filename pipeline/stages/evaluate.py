@@ -8,7 +8,9 @@ Run:    python -m pipeline.stages.evaluate [key=value ...]
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline import command, record, runtime, workdir
 from pipeline.config import Config, select
@@ -20,8 +22,12 @@ from pipeline.stages import (
     EVALUATE,
     REPORTS,
     TOKENS,
+    TRAIN,
     final_layers,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 PARAMS = (
     "evaluate",
@@ -44,6 +50,7 @@ def run(cfg: Config) -> None:
     settings = select(cfg, PARAMS)
     parts = {"dense": DENSE, "tokens": TOKENS, "budget": BUDGET, "convert": CONVERT}
     parts |= {f"layer_{k}": path for k, path in layers.items()}
+    parts |= {f"train_{k}": TRAIN / f"layer_{k}" for k in layers}  # for the static controls
 
     def compute(folder: Path) -> None:
         from pipeline import dense, evaluation, report
@@ -69,6 +76,7 @@ def run(cfg: Config) -> None:
                 tokens=TOKENS,
                 layers=layers,
                 stores=stores,
+                controls=_controls(layers, device),
                 cfg=cfg.evaluate,
                 progress=progress,
             )
@@ -94,6 +102,25 @@ def run(cfg: Config) -> None:
     REPORTS.mkdir(exist_ok=True)
     for name in KEPT_IN_GIT:
         shutil.copyfile(EVALUATE / name, REPORTS / name)
+
+
+def _controls(layers: Mapping[int, Path], device: "torch.device") -> dict[str, Any]:
+    """Name -> layer -> what it puts in the FFN's place; the static one was trained by `train`."""
+    from pipeline.controls import STATIC, OracleMoE
+    from pipeline.ffn import DenseFFN
+    from pipeline.layers import load_layer
+
+    static, oracle = {}, {}
+    for k, folder in layers.items():
+        moe = load_layer(folder)[0].to(device)
+        ffn = DenseFFN.load(CAPTURE / f"ffn_{k}.safetensors")
+        if moe.shape.capacity_factor is None:
+            oracle[k] = OracleMoE(moe, ffn)
+        fitted = TRAIN / f"layer_{k}" / STATIC
+        if fitted.is_dir():
+            static[k] = load_layer(fitted)[0].to(device)
+    complete = {"static": static, "oracle": oracle}
+    return {name: found for name, found in complete.items() if len(found) == len(layers)}
 
 
 if __name__ == "__main__":

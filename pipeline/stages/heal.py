@@ -1,27 +1,98 @@
-"""The place of end-to-end distillation between `train` and `convert`; passes the layers through.
+"""Train all layers together, end to end, on the dense model's logits; off unless asked for.
 
-Reads:  stages/train/layer_K for each of model.layers
-Writes: stages/heal/healed.json: which layers were healed, so far always none
-Cost:   nothing
+With `heal.tokens` 0, the default, the trained layers are passed through. The static controls, where
+`train` made them, are healed by the same steps: a control that saw less text would prove nothing.
+
+Reads:  stages/train/layer_K for each of model.layers; with heal.tokens also the dense model and
+        stages/tokens, of which it learns from train and is judged on validation
+Writes: stages/heal/healed.json: which layers were healed. Those in stages/heal/layer_K as `train`
+        has them, stages/heal/history.csv, and stages/heal/norms.safetensors with heal.train_norms;
+        the same of the static controls in stages/heal/static
+Cost:   nothing; with heal.tokens two forward passes and one backward pass per token, once more for
+        the controls
 Run:    python -m pipeline.stages.heal [key=value ...]
 """
 
-from pipeline import command, workdir
-from pipeline.config import Config, select
-from pipeline.stages import HEAL, TRAIN
+from collections.abc import Mapping
+from pathlib import Path
 
-PARAMS = ("model.layers",)
+from pipeline import command, runtime, workdir
+from pipeline.config import Config, select
+from pipeline.stages import DENSE, HEAL, TOKENS, TRAIN
+
+MODULE = "pipeline.stages.heal"
+PARAMS = (
+    "seed",
+    "heal",
+    "train.balance_bias_rate",
+    "model.id",
+    "model.trust_remote_code",
+    "model.layers",
+)
 
 
 def run(cfg: Config) -> None:
+    trained = {k: TRAIN / f"layer_{k}" for k in cfg.model.layers}
+    settings = select(cfg, PARAMS)
+    inputs = {f"layer_{k}": workdir.digest(path) for k, path in trained.items()}
+    healed = sorted(trained) if cfg.heal.tokens else []
+    if healed:
+        inputs |= {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
+
+    def compute(folder: Path) -> None:
+        if healed:
+            _heal_all(cfg, trained, folder)
+        for k in healed:
+            before = workdir.read_json(trained[k] / workdir.MANIFEST)["settings"]
+            identity = {"module": MODULE, "settings": before | settings, "inputs": inputs}
+            identity["fingerprint"] = folder.name  # a work folder is named so
+            workdir.write_manifest(folder / f"layer_{k}", identity)
+        workdir.write_json(folder / "healed.json", {"layers": healed})
+
     workdir.produce(
         HEAL,
-        module="pipeline.stages.heal",
-        settings=select(cfg, PARAMS),
-        inputs={f"layer_{k}": workdir.digest(TRAIN / f"layer_{k}") for k in cfg.model.layers},
-        compute=lambda folder: workdir.write_json(folder / "healed.json", {"layers": []}),
+        module=MODULE,
+        settings=settings,
+        inputs=inputs,
+        compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
     )
+
+
+def _heal_all(cfg: Config, trained: Mapping[int, Path], folder: Path) -> None:
+    from pipeline.controls import STATIC
+
+    _heal(cfg, "heal", trained, folder)
+    static = {k: path / STATIC for k, path in trained.items()}
+    if all(path.is_dir() for path in static.values()):
+        _heal(cfg, "heal the static control", static, folder / STATIC)
+
+
+def _heal(cfg: Config, title: str, trained: Mapping[int, Path], folder: Path) -> None:
+    from pipeline import corpus, dense, heal, record
+
+    folder.mkdir(exist_ok=True)
+    source, revision = record.source(cfg.model, DENSE)
+    device = runtime.pick_device(cfg.runtime)
+    model = dense.load_model(
+        source,
+        revision=revision,
+        dtype="float32",
+        device=device,
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+    with runtime.progress(title) as progress:
+        heal.heal_layers(
+            model,
+            trained,
+            {split: corpus.read_blocks(TOKENS, split) for split in ("train", "validation")},
+            folder,
+            cfg=cfg.heal,
+            balance_bias_rate=cfg.train.balance_bias_rate,
+            seed=cfg.seed,
+            dtype=runtime.pick_dtype(cfg.heal.dtype, device),
+            progress=progress,
+        )
 
 
 if __name__ == "__main__":

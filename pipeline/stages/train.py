@@ -1,8 +1,10 @@
 """Fit one layer's MoE to that layer's own activations; independent of every other layer.
 
 Reads:  stages/capture/layer_K.zarr, stages/capture/ffn_K.safetensors, stages/budget/layer_K.json
-Writes: stages/train/layer_K/{layer.safetensors, config.json, history.csv}
-Cost:   epochs x tokens x 9 x 2 x top_k x d_ff_expert x d_model FLOPs; the layer in memory
+Writes: stages/train/layer_K/{layer.safetensors, config.json, history.csv}, and the same of the
+        static control in stages/train/layer_K/static
+Cost:   epochs x tokens x 9 x 2 x top_k x d_ff_expert x d_model FLOPs, once more for the control;
+        the layer in memory
 Run:    python -m pipeline.stages.train --layer K [key=value ...]
 """
 
@@ -27,24 +29,33 @@ def run(cfg: Config, layer: int, budget: Path = BUDGET, published: bool = True) 
     shape = budget / f"layer_{layer}.json"
 
     def compute(folder: Path) -> None:
-        from pipeline import training
+        from pipeline import controls, layers, training
         from pipeline.ffn import DenseFFN
         from pipeline.store import LayerReader
 
         device = runtime.pick_device(cfg.runtime)
-        with runtime.progress(f"train layer {layer}") as progress:
-            training.fit_layer(
-                LayerReader(store),
-                DenseFFN.load(ffn),
-                workdir.read_json(shape),
-                folder,
-                moe_cfg=cfg.moe,
-                cfg=cfg.train,
-                seed=cfg.seed,
-                device=device,
-                dtype=runtime.pick_dtype(cfg.train.dtype, device),
-                progress=progress,
-            )
+        plan = workdir.read_json(shape)
+        fits = {folder: (f"train layer {layer}", plan)}
+        control = controls.static_plan(plan) if cfg.train.static_control else None
+        if control:
+            fits[folder / controls.STATIC] = (f"static control {layer}", control)
+        for into, (title, wanted) in fits.items():
+            if layers.is_complete(into):  # of an interrupted run
+                continue
+            into.mkdir(exist_ok=True)
+            with runtime.progress(title) as progress:
+                training.fit_layer(
+                    LayerReader(store),
+                    DenseFFN.load(ffn),
+                    wanted,
+                    into,
+                    moe_cfg=cfg.moe,
+                    cfg=cfg.train,
+                    seed=cfg.seed,
+                    device=device,
+                    dtype=runtime.pick_dtype(cfg.train.dtype, device),
+                    progress=progress,
+                )
 
     return workdir.produce(
         TRAIN / f"layer_{layer}",

@@ -1,0 +1,238 @@
+"""Closed-form fits: with its routing frozen, a layer's output is linear in every `down_proj`.
+
+A token's features are, side by side, `weight x hidden` of each expert that it takes (and the weight
+alone, for `down_bias`). All experts are fitted together by least squares, since those that share
+tokens share errors, with a ridge **towards the present weights**: what the rows say little about
+stays as it is. The strength is chosen on validation rows, where the error of any weights is a
+quadratic form of sums that are taken once; "change nothing" is among the candidates.
+
+Features are multiplied in the weights' dtype, at least float32, and summed over chunks in float64:
+a sum over 200 thousand rows in float32 would lose what a ridge of 1e-4 still resolves, while a
+chunk's own product does not, and float64 products take twice the time on a CPU and far more on
+most GPUs.
+
+Where the features are too many for one matrix, experts are fitted a block at a time against what
+the others leave over, again and again until nothing moves: the blocks see each other through the
+residual, so that they reach the joint solution. Experts of which each token takes one never meet,
+and one round is exact.
+
+Shapes: T tokens, D d_model, H d_ff_expert, E experts, N features of a block.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.moe import SparseMoE
+from pipeline.shape import MoEShape
+from pipeline.store import Rows
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates, each times the mean diagonal of the Gram matrix."""
+BLOCK_FEATURES = 8192  # features that are solved for at once: 0.5 GB per Gram matrix
+CHUNK = 4096  # rows whose features are held at a time
+ROUNDS = 20  # over the blocks, at most
+MOVING = 1e-3  # a round that moves the weights by less than this share of the whole way is the last
+
+
+class Normal:
+    """Sums over rows that tell the squared error of any linear map from features to targets."""
+
+    def __init__(self, n_features: int, d_model: int, device: torch.device | str = "cpu") -> None:
+        f64 = {"dtype": torch.float64, "device": device}
+        self.gram_NN = torch.zeros(n_features, n_features, **f64)
+        self.cross_ND = torch.zeros(n_features, d_model, **f64)
+        self.power = 0.0
+
+    def add(self, features_TN: Tensor, target_TD: Tensor) -> None:
+        self.gram_NN += features_TN.T @ features_TN
+        self.cross_ND += features_TN.T @ target_TD
+        self.power += float(target_TD.double().square().sum())
+
+    def take(self, chosen_M: Tensor) -> "Normal":
+        """The same of some of the features."""
+        part = Normal(0, 0)
+        part.gram_NN = self.gram_NN[chosen_M][:, chosen_M]
+        part.cross_ND, part.power = self.cross_ND[chosen_M], self.power
+        return part
+
+    def error(self, weight_ND: Tensor) -> float:
+        """Sum over rows and channels of (target - features @ weight)^2."""
+        fitted_ND = self.gram_NN @ weight_ND
+        return self.power + float((weight_ND * (fitted_ND - 2 * self.cross_ND)).sum())
+
+    def solve(self, ridge: float, prior_ND: Tensor) -> Tensor:
+        """(N, D): least squares plus `ridge` x the mean diagonal x |weight - prior|^2."""
+        strength = ridge * self.gram_NN.diagonal().mean()
+        if strength == 0:  # no row has any of the features
+            return prior_ND.clone()
+        held_NN = self.gram_NN.clone()
+        held_NN.diagonal().add_(strength)
+        root_NN = torch.linalg.cholesky(held_NN)
+        return torch.cholesky_solve(self.cross_ND + strength * prior_ND, root_NN)
+
+
+def best_ridge(
+    train: Normal, validation: Normal, prior_ND: Tensor, ridges: Sequence[float] = RIDGES
+) -> tuple[Tensor, float | None]:
+    """The weights of the ridge with the least validation error, and that ridge.
+
+    Null stands for no change: the prior is better than all of them.
+    """
+    best, chosen, least = prior_ND, None, validation.error(prior_ND)
+    for ridge in ridges:
+        weight_ND = train.solve(ridge, prior_ND)
+        error = validation.error(weight_ND)
+        if error < least:
+            best, chosen, least = weight_ND, ridge, error
+    return best, chosen
+
+
+@torch.no_grad()
+def refit_down(
+    moe: SparseMoE,
+    rows: Rows,
+    *,
+    ridges: Sequence[float] = RIDGES,
+    block_features: int = BLOCK_FEATURES,
+    max_rows: int | None = None,
+) -> tuple[float, float]:
+    """Refit every `down_proj` and `down_bias` in place; runs where `moe` lies.
+
+    In evaluation mode: of experts that choose their tokens the thresholds must be fitted before.
+    Returns the relative_mse on validation rows before and after; what makes it worse is undone.
+
+    Args:
+        block_features: solved for at once; a block has at least one expert.
+        max_rows: of `train`, the first ones; null = all.
+    """
+    moe.eval()
+    before = validation_error(moe, rows)
+    start_END = _weights(moe)
+    now_END, chosen = start_END.clone(), {}
+    passes = _passes(moe.shape, block_features)
+    for turn in range(ROUNDS):
+        last_END = now_END.clone()
+        for blocks in passes:
+            train = _sums(moe, rows, "train", blocks, max_rows)
+            validation = _sums(moe, rows, "validation", blocks) if turn == 0 else train
+            for block, fitted, judged in zip(blocks, train, validation, strict=True):
+                way_ND = (start_END[block] - now_END[block]).flatten(0, 1)
+                if turn == 0:
+                    change_ND, chosen[block.start] = best_ridge(fitted, judged, way_ND, ridges)
+                elif (ridge := chosen[block.start]) is not None:
+                    change_ND = fitted.solve(ridge, way_ND)
+                else:
+                    continue
+                now_END[block] += change_ND.unflatten(0, (block.stop - block.start, -1))
+            _set_weights(moe, now_END)
+        moved, whole = (now_END - last_END).norm(), (now_END - start_END).norm()
+        if _never_meet(moe.shape) or len(passes) == 1 or moved <= MOVING * whole:
+            break
+    after = validation_error(moe, rows)
+    if not after <= before:
+        _set_weights(moe, start_END)
+        return before, before
+    return before, after
+
+
+@torch.no_grad()
+def validation_error(moe: SparseMoE, rows: Rows) -> float:
+    """relative_mse of the layer as it is; the absolute error where the target is zero."""
+    error = power = 0.0
+    for x_TD, y_TD in _chunks(moe, rows, "validation"):
+        error += float((moe(x_TD) - y_TD).double().square().sum())
+        power += float(y_TD.double().square().sum())
+    return error / power if power else error
+
+
+def _never_meet(shape: MoEShape) -> bool:
+    return shape.capacity_factor is None and shape.top_k == 1
+
+
+def _passes(shape: MoEShape, block_features: int) -> list[list[slice]]:
+    """Blocks of experts; those of one pass are summed together and must never meet."""
+    features = shape.d_ff_expert + shape.bias
+    size = 1 if _never_meet(shape) else max(1, block_features // features)
+    blocks = [
+        slice(first, min(first + size, shape.n_experts))
+        for first in range(0, shape.n_experts, size)
+    ]
+    together = max(1, block_features**2 // features**2) if _never_meet(shape) else 1
+    return [blocks[i : i + together] for i in range(0, len(blocks), together)]
+
+
+def _sums(
+    moe: SparseMoE, rows: Rows, split: str, blocks: list[slice], max_rows: int | None = None
+) -> list[Normal]:
+    """Of each block: the features of its experts, against what the layer leaves over."""
+    shape, device = moe.shape, moe.down_proj.device
+    features = shape.d_ff_expert + shape.bias
+    sums = [Normal((b.stop - b.start) * features, shape.d_model, device) for b in blocks]
+    for x_TD, y_TD in _chunks(moe, rows, split, max_rows):
+        weights_TE = moe.route(x_TD).weights_TE()
+        for block, normal in zip(blocks, sums, strict=True):
+            taken_T = (weights_TE[:, block] != 0).any(dim=1).nonzero()[:, 0]
+            if not len(taken_T):
+                continue
+            x, y = x_TD[taken_T], y_TD[taken_T]
+            _add(normal, moe, x, weights_TE[taken_T], block, y - moe(x))
+    return sums
+
+
+def _add(
+    normal: Normal, moe: SparseMoE, x_TD: Tensor, weights_TE: Tensor, block: slice, rest_TD: Tensor
+) -> None:
+    """`normal.add` for features that are mostly zero: each expert multiplies its own rows."""
+    experts = moe.experts(x_TD.dtype)
+    size = moe.shape.d_ff_expert + moe.shape.bias
+    features_TN = x_TD.new_zeros(len(x_TD), len(normal.gram_NN))
+    for i, e in enumerate(range(block.start, block.stop)):
+        t = weights_TE[:, e].nonzero()[:, 0]
+        bias_EU = experts.inner_bias_EU
+        inner_TU = F.linear(x_TD[t], experts.inner_EUD[e], None if bias_EU is None else bias_EU[e])
+        hidden_TN = experts.hidden(inner_TU)
+        if moe.shape.bias:
+            hidden_TN = F.pad(hidden_TN, (0, 1), value=1.0)
+        weight_T = weights_TE[t, e, None].to(x_TD.dtype)
+        features_TN[t, i * size : (i + 1) * size] = weight_T * hidden_TN
+    for i, e in enumerate(range(block.start, block.stop)):
+        t = weights_TE[:, e].nonzero()[:, 0]
+        own = slice(i * size, (i + 1) * size)
+        own_TN = features_TN[t, own]
+        later_TN = own_TN if block.stop - block.start == 1 else features_TN[t, i * size :]
+        product = (own_TN.T @ later_TN).double()
+        normal.gram_NN[own, i * size :] += product
+        normal.gram_NN[own.stop :, own] += product[:, size:].T
+        normal.cross_ND[own] += own_TN.T @ rest_TD[t]
+    normal.power += float(rest_TD.double().square().sum())
+
+
+def _chunks(
+    moe: SparseMoE, rows: Rows, split: str, max_rows: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(T, D) pairs on the layer's device, in its weights' dtype, float32 at least."""
+    dtype = torch.promote_types(moe.down_proj.dtype, torch.float32)
+    stop = min(rows.rows[split], max_rows or rows.rows[split])
+    for start in range(0, stop, CHUNK):
+        pair = rows.read(split, start, min(start + CHUNK, stop))
+        x_TD, y_TD = (side.to(moe.down_proj.device, dtype) for side in pair)
+        yield x_TD, y_TD
+
+
+def _weights(moe: SparseMoE) -> Tensor:
+    """(E, H, D), or (E, H + 1, D) with the bias last; float64."""
+    down_EHD = moe.down_proj.detach().double().transpose(1, 2)
+    if not moe.shape.bias:
+        return down_EHD.clone()
+    bias_ED = moe.get_parameter("down_bias").detach().double()
+    return torch.cat([down_EHD, bias_ED[:, None]], dim=1)
+
+
+def _set_weights(moe: SparseMoE, weight_END: Tensor) -> None:
+    H = moe.shape.d_ff_expert
+    moe.down_proj.copy_(weight_END[:, :H].transpose(1, 2))
+    if moe.shape.bias:
+        moe.get_parameter("down_bias").copy_(weight_END[:, H])
