@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import corpus, workdir
+from pipeline.assembly import set_norms
 from pipeline.config import EvaluateConfig
 from pipeline.controls import OracleMoE, gap_recovery
 from pipeline.dense import find_ffns
@@ -214,13 +215,24 @@ def compare_on_text(
     return TextLoss((d, s), (db, sb), torch.cat(kls), agreed / predicted, blocks.numel())
 
 
-def replaced(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> PreTrainedModel:
-    """The model with other modules in its FFNs' places; its other weights are not copied."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+def replaced(
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
+    norms: Mapping[str, Tensor] | None = None,
+) -> PreTrainedModel:
+    """The model with other modules in its FFNs' places; its other weights are not copied.
+
+    Args:
+        norms: healed ones, in the place of the model's own.
+    """
+    healed = norms or {}
+    kept = [p for name, p in model.named_parameters() if name not in healed]
+    shared = {id(t): t for t in (*kept, *model.buffers())}
     copied = copy.deepcopy(model, shared)  # pyright: ignore[reportArgumentType]
     slots = find_ffns(copied)
     for k, module in modules.items():
         slots[k].replace(copy.deepcopy(module).to(model.dtype))
+    set_norms(copied, healed)
     return copied
 
 
@@ -238,6 +250,7 @@ def measure(
     layers: Mapping[int, Path],
     stores: Mapping[int, LayerReader],
     controls: Mapping[str, Mapping[int, SparseMoE | OracleMoE]],
+    static_norms: Mapping[str, Tensor],
     cfg: EvaluateConfig,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -247,6 +260,7 @@ def measure(
         tokens: the folder that `corpus.write_blocks` filled.
         layers: the trained layers' folders; each is judged on its own of `stores`.
         controls: name -> what it puts in the place of each FFN; see `pipeline.controls`.
+        static_norms: of the static control, where it was healed.
     """
     counts = workdir.read_json(tokens / corpus.RECORD)["splits"]
     read = {k: load_layer(folder) for k, folder in layers.items()}
@@ -275,8 +289,9 @@ def measure(
     )
     found = {}
     for name, modules in controls.items():
+        norms = static_norms if name == "static" else None
         of_layers = {k: layer_metrics(module, stores[k]) for k, module in modules.items()}
-        found[name] = control_figures(of_layers, compare(replaced(dense, modules)))
+        found[name] = control_figures(of_layers, compare(replaced(dense, modules, norms)))
     metrics |= {"controls": found, **_gap_recovery(judged, found)}
     return {
         "metrics": metrics,

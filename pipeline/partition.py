@@ -9,7 +9,7 @@ Neurons are clustered by the correlation of their contributions: each profile is
 tokens and has length 1, so that a group is of neurons that rise and fall together, whatever their
 size. Groups have equal sizes: k-means in which the neurons of two groups change places while that
 shortens the distances, until no exchange does. Every step lowers one and the same sum, so that it
-ends. 14,336 neurons in 64 groups take 8 s on one thread of a CPU beside the projection.
+ends. 14,336 neurons in 64 groups take about 10 s on one thread of a CPU beside the projection.
 
 Shapes: T tokens, D d_model, F d_ff, G groups, P points, R directions.
 """

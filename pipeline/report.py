@@ -112,6 +112,7 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         "native": native,
         "most_experts": max(len(m["routing"]["load"]) for m in metrics["layers"].values()),
         "by_shape": _by_shape(shapes),
+        "healed": next(iter(layers.values())).get("healing"),
         "resized": _resized(layers, shapes),
         "warnings": _warnings(layers),
         "unserved": _most_unserved(metrics["layers"], shapes),

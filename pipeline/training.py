@@ -5,6 +5,10 @@ terms. The state with the least validation loss is kept, the start included, so 
 makes a layer worse. A killed run goes on from its last checkpoint, bit for bit on a CPU: weights,
 optimizer, best state, history and the position in the shuffled rows (a function of seed and step).
 
+A specialist start with one expert per token brings a finished router, whose weights are always 1:
+the output tells it nothing, and balance alone would pull it away from what it was fitted to. It is
+held still, and its two terms are 0.
+
 `begin` and `step` are the loop's two halves, for who brings the batches along.
 """
 
@@ -48,6 +52,7 @@ class Fit:
     dynamic: DynamicConfig
     seed: int
     total: int  # steps
+    router_held: bool
     best: dict[str, Tensor]
     best_shape: MoEShape
     step: int = 0
@@ -132,11 +137,14 @@ def begin(
     moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed).to(device)
     kernel = objective.cfg.kernel.name
     moe.kernel, reason = pick_kernel(device.type, objective.dtype, moe.shape, kernel)
+    alone = moe.shape.routing == "token_choice" and moe.shape.top_k == 1
+    held = plan["init"] == "specialist" and alone
     print(f"layer {layer}: kernel {moe.kernel} ({reason})", flush=True)
     fit = Fit(
         layer=layer,
         moe=moe,
-        optimizer=_optimizer(moe, objective.cfg),
+        optimizer=_optimizer(moe, objective.cfg, held),
+        router_held=held,
         losses=ExpertLosses(moe.shape.n_experts, device),
         dynamic=moe_cfg.dynamic,
         seed=seed,
@@ -222,10 +230,12 @@ class Objective:
         }
 
 
-def _optimizer(moe: SparseMoE, cfg: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(moe: SparseMoE, cfg: TrainConfig, router_held: bool) -> torch.optim.AdamW:
     router_rate = cfg.router_learning_rate  # may be 0, which holds the router still
     if router_rate is None:
         router_rate = cfg.learning_rate
+    if router_held:
+        router_rate = 0.0
     groups = [
         {"params": list(moe.router.parameters()), "peak": router_rate},
         {
@@ -273,8 +283,9 @@ def step(
     with objective.autocast():
         y_hat, routing = fit.moe.forward_routed(ffn_input)
     mse, cosine = objective.reconstruction(y_hat, ffn_output)
-    balance = cfg.load_balance_coef * load_balance_loss(routing)
-    z = cfg.router_z_coef * router_z_loss(routing)
+    learns = float(not fit.router_held)
+    balance = learns * cfg.load_balance_coef * load_balance_loss(routing)
+    z = learns * cfg.router_z_coef * router_z_loss(routing)
     loss = mse + cosine + balance + z
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -38,3 +38,18 @@ def test_the_default_recipe_stays_near_the_dense_model(metrics: dict):
 
 def test_no_expert_is_dead(metrics: dict):
     assert [layer["routing"]["dead_experts"] for layer in metrics["layers"].values()] == [0] * 4
+
+
+def test_the_router_is_worth_having(metrics: dict):
+    """At equal active size, beside plain pruning refitted and trained alike, on both texts."""
+    static = metrics["controls"]["static"]
+    for text, ratio in metrics["perplexity_ratio"].items():
+        assert ratio - 1 <= 0.7 * (static["perplexity_ratio"][text] - 1)
+        assert metrics["kl"]["by_text"][text] <= 0.7 * static["kl"]["by_text"][text]
+    assert metrics["gap_recovery"]["worst"] > 0
+
+
+def test_the_load_is_nearer_to_even_than_to_its_bound(metrics: dict):
+    for layer in metrics["layers"].values():
+        experts = len(layer["routing"]["load"])
+        assert layer["routing"]["load_max_over_mean"] <= (1 + experts) / 2

@@ -42,7 +42,7 @@ def test_overrides_by_hand_compose_as_an_experiment_would(project: Path):
 
 
 def test_without_overrides_params_yaml_is_read_as_it_stands(project: Path):
-    text = (project / "params.yaml").read_text().replace("n_experts: 16", "n_experts: 8")
+    text = (project / "params.yaml").read_text().replace("n_experts: 4", "n_experts: 8")
     (project / "params.yaml").write_text(text)
     assert compose.load([]).moe.n_experts == 8
 
@@ -104,7 +104,7 @@ def test_more_experts_per_token_than_experts_is_refused(project: Path):
     [
         (["moe.per_layer=[{layers:[9],n_experts:8}]"], "layers [9] are not converted"),
         (["moe.per_layer=[{layers:[0]},{layers:[0,1]}]"], "layers [0] twice"),
-        (["moe.per_layer=[{layers:[0],n_experts:2}]"], "top_k=4, n_experts=2"),
+        (["moe.per_layer=[{layers:[0],top_k:5}]"], "top_k=5, n_experts=4"),
         (["moe.per_layer=[{layers:[0],n_experts:0}]"], "moe.n_experts is out of range"),
         (["moe.per_layer=[{layers:[0],n_expertz:8}]"], "n_expertz"),
         (["moe.routing=expert_choice", "moe.capacity_factor=17"], "moe.capacity_factor=17"),
@@ -198,7 +198,7 @@ def test_configuration_reads_no_environment_and_names_no_code(project: Path, ove
 
 
 def test_missing_values_are_refused_in_params_yaml(project: Path):
-    text = (project / "params.yaml").read_text().replace("n_experts: 16", "n_experts: ???")
+    text = (project / "params.yaml").read_text().replace("n_experts: 4", "n_experts: ???")
     (project / "params.yaml").write_text(text)
     assert "moe.n_experts" in str(refusal())
 
@@ -268,7 +268,7 @@ def test_every_knob_is_read_somewhere():
 
 def test_select_covers_what_lies_below_a_key_and_nothing_beside_it(project: Path):
     cfg = compose.load([])
-    assert select(cfg, ["moe.n_experts"]) == {"moe.n_experts": 16}
+    assert select(cfg, ["moe.n_experts"]) == {"moe.n_experts": 4}
     assert set(select(cfg, ["runtime"])) == {
         "runtime.device",
         "runtime.threads",

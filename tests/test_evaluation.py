@@ -573,7 +573,7 @@ def parts(tmp_path: Path, tokenizer) -> dict[str, Any]:
         stores[k] = stored(tmp_path / f"layer_{k}.zarr", rows(), rows(seed=k))
     models = {"dense": llama(), "sparse": mixtral(SHAPE)}
     given = {"tokenizer": tokenizer, "tokens": tokens, "layers": layers, "stores": stores}
-    given["controls"] = {}
+    given |= {"controls": {}, "static_norms": {}}
     return models | given
 
 
@@ -669,3 +669,21 @@ def test_controls_of_a_bfloat16_model_compute_in_bfloat16(parts: dict[str, Any])
     logits = copied(blocks(1)).logits
     assert logits.dtype == torch.bfloat16
     assert copied.get_input_embeddings().weight is dense.get_input_embeddings().weight
+
+
+def test_a_healed_static_control_brings_its_norms(parts: dict[str, Any]):
+    """And the dense model keeps its own."""
+    dense, static = parts["dense"], {k: layer(seed=5 + k) for k in (0, 1)}
+    name = "model.norm.weight"
+    healed = {name: torch.full_like(dense.get_parameter(name), 1.5)}
+    before = dense.get_parameter(name).clone()
+    copied = evaluation.replaced(dense, static, healed)
+    assert torch.equal(copied.get_parameter(name), healed[name])
+    assert torch.equal(dense.get_parameter(name), before)
+    cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=0)
+    given = parts | {"controls": {"static": static}}
+    plain, changed = (
+        evaluation.measure(**given | {"static_norms": norms}, cfg=cfg)["metrics"]["controls"]
+        for norms in ({}, healed)
+    )
+    assert plain["static"]["perplexity_ratio"] != changed["static"]["perplexity_ratio"]

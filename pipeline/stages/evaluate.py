@@ -20,6 +20,7 @@ from pipeline.stages import (
     CONVERT,
     DENSE,
     EVALUATE,
+    HEAL,
     REPORTS,
     TOKENS,
     TRAIN,
@@ -51,6 +52,7 @@ def run(cfg: Config) -> None:
     parts = {"dense": DENSE, "tokens": TOKENS, "budget": BUDGET, "convert": CONVERT}
     parts |= {f"layer_{k}": path for k, path in layers.items()}
     parts |= {f"train_{k}": TRAIN / f"layer_{k}" for k in layers}  # for the static controls
+    parts["heal"] = HEAL
 
     def compute(folder: Path) -> None:
         from pipeline import dense, evaluation, report
@@ -76,7 +78,7 @@ def run(cfg: Config) -> None:
                 tokens=TOKENS,
                 layers=layers,
                 stores=stores,
-                controls=_controls(layers, device),
+                **_controls(layers, device),
                 cfg=cfg.evaluate,
                 progress=progress,
             )
@@ -105,22 +107,27 @@ def run(cfg: Config) -> None:
 
 
 def _controls(layers: Mapping[int, Path], device: "torch.device") -> dict[str, Any]:
-    """Name -> layer -> what it puts in the FFN's place; the static one was trained by `train`."""
+    """`controls` and `static_norms` of `evaluation.measure`; `train` and `heal` fitted the static.
+
+    No oracle where layers were healed: they no longer stand for the FFNs that it would ask.
+    """
+    from pipeline.assembly import read_norms
     from pipeline.controls import STATIC, OracleMoE
     from pipeline.ffn import DenseFFN
     from pipeline.layers import load_layer
 
+    healed = bool(workdir.read_json(HEAL / "healed.json")["layers"])
     static, oracle = {}, {}
     for k, folder in layers.items():
-        moe = load_layer(folder)[0].to(device)
-        ffn = DenseFFN.load(CAPTURE / f"ffn_{k}.safetensors")
-        if moe.shape.capacity_factor is None:
-            oracle[k] = OracleMoE(moe, ffn)
-        fitted = TRAIN / f"layer_{k}" / STATIC
+        fitted = HEAL / STATIC / f"layer_{k}" if healed else TRAIN / f"layer_{k}" / STATIC
         if fitted.is_dir():
             static[k] = load_layer(fitted)[0].to(device)
-    complete = {"static": static, "oracle": oracle}
-    return {name: found for name, found in complete.items() if len(found) == len(layers)}
+        moe = load_layer(folder)[0].to(device)
+        if moe.shape.capacity_factor is None and not healed:
+            oracle[k] = OracleMoE(moe, DenseFFN.load(CAPTURE / f"ffn_{k}.safetensors"))
+    every = {"static": static, "oracle": oracle}
+    complete = {name: found for name, found in every.items() if len(found) == len(layers)}
+    return {"controls": complete, "static_norms": read_norms(HEAL / STATIC) if healed else {}}
 
 
 if __name__ == "__main__":
