@@ -4,10 +4,10 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-demo test-quick check bench format clean
+.PHONY: help demo test test-demo test-quick check bench bench-quality format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -35,6 +35,9 @@ check: .venv/ready ## format, lint and types
 
 bench: .venv/ready ## the speed table: streaming training against stored activations, in minutes
 	$(BIN)/python -m benchmarks
+
+bench-quality: .venv/ready ## the quality table: recipes beside their controls, three seeds, in hours
+	$(BIN)/python -m benchmarks.quality
 
 format: .venv/ready ## rewrite to the format and fix what lint can
 	$(BIN)/ruff format .

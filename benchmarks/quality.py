@@ -7,7 +7,7 @@ Regimes: `training-free` (the start alone), `layer-wise` (fitted, `train` at its
 `healed` (then all layers together, `heal.tokens`). Controls: `static` at each active fraction, and
 `oracle` for the layers as they were fitted. Rows already in the output are not made again.
 
-python -m benchmarks.quality [--seeds 0,1,2] [--recipes NAME,...] [--fresh]
+python -m benchmarks.quality [--seeds 0,1,2] [--recipes 'NAME;...'] [--fresh]
 """
 
 import argparse
@@ -45,9 +45,8 @@ class Recipe:
 
 def specialists(n_experts: int, width: float, name: str, *regimes: str) -> Recipe:
     shape = (f"moe.n_experts={n_experts}", "moe.top_k=1", f"moe.d_ff_expert={width}")
-    kept = ("train.load_balance_coef=0", "train.router_z_coef=0", "train.router_learning_rate=0")
     start = ("moe.init=specialist", "moe.router_init=ridge")
-    return Recipe(name, (*start, *shape, *kept), regimes or (FREE, LAYER_WISE))
+    return Recipe(name, (*start, *shape), regimes or (FREE, LAYER_WISE))
 
 
 def carved(n_experts: int, top_k: int, width: float, init: str, name: str) -> Recipe:
@@ -228,7 +227,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--recipes", help="names, comma separated by ';'; null = all")
+    parser.add_argument("--recipes", help="names, separated by ';'; not given = all")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     parser.add_argument("--threads", type=int)

@@ -184,7 +184,8 @@ def test_the_originals_standard_and_parallel_lines_run(checkout: Checkout):
     assert "train/layer_0: found complete" in output and "train/layer_1: found complete" in output
     record = checkout.json("stages/train/layer_0/config.json")
     assert record["host"] == "mixtral" and record["training"]["steps"] > 0
-    assert stages_run(checkout.run(lines[SEQUENTIAL])) == AFTER_MOE
+    ran = stages_run(checkout.run(lines[SEQUENTIAL]))
+    assert {"train@0", "train@1", "convert", "evaluate"} <= ran <= AFTER_MOE
     checkout.run("git checkout -q . && dvc checkout")
 
 

@@ -20,6 +20,7 @@ PARAMS = (
     "moe.init_noise",
     "moe.virtual_groups",
     "moe.router_init",
+    "moe.refit",
     "moe.dynamic",
 )
 
