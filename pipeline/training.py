@@ -329,9 +329,10 @@ def _warn(fit: Fit, row: Mapping[str, float]) -> None:
         found["dead"] = f"{row['dead_experts']:.0f} of {shape.n_experts} experts get no token"
     bound = shape.n_experts / shape.experts_per_token
     if row["load_max_over_mean"] > (1 + bound) / 2 and bound > 1:
+        remedy = "use other moe.n_experts" if fit.router_held else "raise train.load_balance_coef"
         found["collapse"] = (
             f"the routing collapses: one expert has {row['load_max_over_mean']:.1f} times an even "
-            f"share, of at most {bound:.1f}; raise train.load_balance_coef"
+            f"share, of at most {bound:.1f}; {remedy}"
         )
     if row["unserved_tokens"]:
         found["unserved"] = (

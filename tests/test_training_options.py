@@ -38,12 +38,13 @@ def fit(
     *,
     moe_cfg: Any = MOE,
     shape: dict[str, Any] | None = None,
+    init: str = "slice",
     killed_at: int | None = None,
     **changed: Any,
 ) -> SparseMoE:
     ffn, reader = stored
     folder.mkdir(exist_ok=True)
-    plan = plan_of(ffn, F // 4, 8, 2)
+    plan = plan_of(ffn, F // 4, 8, 2, init)
     plan["shape"] |= shape or {}
 
     def progress(done: int, total: int, note: str) -> None:
@@ -282,3 +283,37 @@ def test_shape_of_a_layer_survives_json(stored, tmp_path):
     assert shape.active_ffn_fraction == pytest.approx(2 * neurons / 8 / F)
     assert math.isclose(shape.total_parameters, 3 * D * neurons + 8 * D)
     assert states(load_layer(tmp_path)[0])["down_proj"].shape[2] == max(shape.widths)
+
+
+@pytest.mark.parametrize(("top_k", "held"), [(1, True), (2, False)])
+def test_router_of_specialists_is_held_where_each_token_takes_one(stored, tmp_path, top_k, held):
+    """Its weights are then always 1, and balance alone would move it."""
+    given = {"init": "specialist", "shape": {"n_experts": 4, "top_k": top_k}}
+    start = fit(stored, tmp_path / "start", epochs=0, **given)
+    moe = fit(stored, tmp_path / "fitted", **given)
+    assert torch.equal(moe.router.weight, start.router.weight) == held
+    assert not torch.equal(moe.down_proj, start.down_proj)
+    assert (set(column(tmp_path / "fitted", "load_balance")) == {0.0}) == held
+
+
+@pytest.mark.parametrize("static_control", [True, False])
+def test_stage_fits_the_static_control_where_it_is_asked_for(
+    project, static_control: bool, stored: Stored
+):
+    from pipeline import compose, workdir
+    from pipeline.stages import CAPTURE, train
+
+    CAPTURE.mkdir(parents=True)
+    ffn = stored[0]
+    write_store(CAPTURE / "layer_3.zarr", ffn)
+    ffn.save(CAPTURE / "ffn_3.safetensors")
+    budget = project / "budget"
+    budget.mkdir()
+    workdir.write_json(budget / "layer_3.json", plan_of(ffn, F // 4, 8, 2))
+    options = ["train.batch_size=64", f"train.static_control={str(static_control).lower()}"]
+    train.run(compose.load(["experiment=pico", *options]), 3, budget=budget)
+    folder = project / "stages/train/layer_3"
+    assert load_layer(folder)[0].shape.n_experts == 8
+    assert (folder / "static").exists() == static_control
+    if static_control:
+        assert load_layer(folder / "static")[0].shape.widths == (2 * F // 4,)
