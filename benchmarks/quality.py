@@ -21,50 +21,73 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import runtime
-from pipeline.config import RuntimeConfig
+from pipeline.config import Config, RuntimeConfig
+
+if TYPE_CHECKING:  # torch is imported after the threads are set
+    from pipeline.ffn import DenseFFN
+    from pipeline.moe import SparseMoE
+    from pipeline.store import LayerReader
+
+    Layers = Mapping[int, SparseMoE]
+
+Plans = Mapping[int, Mapping[str, Any]]
 
 OUTPUT = Path("benchmarks/results/quality.json")
 WORK = Path(".scratch/quality")
 FREE, LAYER_WISE, HEALED = "training-free", "layer-wise", "healed"
-REGIMES = {FREE: ["train.epochs=0"], LAYER_WISE: [], HEALED: ["heal.tokens=1048576"]}
+HEAL = "heal.tokens=1048576"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of `conf/` that make one row of the table, and the regimes that it is run in."""
+    """Settings of `conf/` that make one row of the table; `healed` costs most of the time."""
 
     name: str
     overrides: tuple[str, ...]
-    regimes: tuple[str, ...] = (FREE, LAYER_WISE)
+    healed: bool = False
 
 
-def specialists(n_experts: int, width: float, name: str, *regimes: str) -> Recipe:
+def specialists(n_experts: int, width: float, *, shared: float = 0, healed: bool = False) -> Recipe:
+    name = f"specialists, {n_experts} of {Fraction(width)}"
+    if shared:
+        name += f" beside a shared {Fraction(shared)}"
     shape = (f"moe.n_experts={n_experts}", "moe.top_k=1", f"moe.d_ff_expert={width}")
-    start = ("moe.init=specialist", "moe.router_init=ridge")
-    return Recipe(name, (*start, *shape), regimes or (FREE, LAYER_WISE))
+    start = ("moe.init=specialist", f"moe.shared_expert={shared or 0}")
+    return Recipe(name, (*start, *shape), healed)
 
 
-def carved(n_experts: int, top_k: int, width: float, init: str, name: str) -> Recipe:
-    shape = (f"moe.n_experts={n_experts}", f"moe.top_k={top_k}", f"moe.d_ff_expert={width}")
-    start = (f"moe.init={init}", "moe.router_init=ridge", "moe.refit=true")
-    return Recipe(name, (*start, *shape))
+def clusters(n_experts: int, top_k: int) -> Recipe:
+    shape = (f"moe.n_experts={n_experts}", f"moe.top_k={top_k}", f"moe.d_ff_expert={1 / n_experts}")
+    start = ("moe.init=cluster", "moe.router_init=ridge", "moe.refit=true")
+    return Recipe(f"clusters, {top_k} of {n_experts}", (*start, *shape))
 
 
 RECIPES = (
-    carved(16, 12, 0.0625, "cluster", "clusters, 16 of 1/16"),
-    specialists(2, 0.75, "specialists, 2 of 3/4"),
-    carved(16, 8, 0.0625, "cluster", "clusters, 16 of 1/16"),
-    specialists(2, 0.5, "specialists, 2 of 1/2"),
-    specialists(4, 0.5, "specialists, 4 of 1/2", FREE, LAYER_WISE, HEALED),
-    specialists(8, 0.5, "specialists, 8 of 1/2"),
-    carved(16, 4, 0.0625, "cluster", "clusters, 16 of 1/16"),
-    specialists(4, 0.25, "specialists, 4 of 1/4", FREE, LAYER_WISE, HEALED),
-    specialists(16, 0.25, "specialists, 16 of 1/4"),
+    clusters(16, 12),
+    specialists(2, 0.25, shared=0.5),
+    specialists(2, 0.75),
+    clusters(16, 8),
+    specialists(3, 0.25, shared=0.25),
+    specialists(2, 0.5, healed=True),
+    specialists(7, 0.25, shared=0.25),
+    specialists(4, 0.5, healed=True),
+    Recipe(
+        "the seed's quarter width: specialists, 16 of 1/4, top-2",
+        ("moe.n_experts=16", "moe.top_k=2", "moe.d_ff_expert=0.25"),
+    ),
+    clusters(16, 4),
+    specialists(4, 0.25, healed=True),
+    specialists(16, 0.25),
+    Recipe(
+        "the seed's half width: replicas, 16 of 1/2, top-2",
+        ("experiment=seed_half", "moe.virtual_groups=true", "train=default"),
+    ),
 )
 
 
@@ -91,18 +114,58 @@ class Bench:
         self.layers = [ffn["index"] for ffn in self.record["layers"]]
         self.counts = workdir.read_json(self.tokens / corpus.RECORD)["splits"]
 
-    def fit(self, plans: Mapping[int, Mapping[str, Any]], cfg: Any, folder: Path) -> None:
+    def rows(self, k: int) -> "LayerReader":
+        from pipeline.store import LayerReader
+
+        return LayerReader(self.captures / f"layer_{k}.zarr")
+
+    def ffn(self, k: int) -> "DenseFFN":
+        from pipeline.ffn import DenseFFN
+
+        return DenseFFN.load(self.captures / f"ffn_{k}.safetensors")
+
+    def start(self, plans: Plans, cfg: Config) -> "Layers":
+        from pipeline.start import start_layer
+
+        return {
+            k: start_layer(self.ffn(k), plan, cfg.moe, self.rows(k), seed=self.seed)
+            for k, plan in plans.items()
+        }
+
+    def train(self, plans: Plans, cfg: Config, folder: Path, starts: "Layers") -> "Layers":
         from pipeline.notebook import train_layer
 
-        for k in self.layers:
-            train_layer(
-                self.captures, plans[k], folder, moe_cfg=cfg.moe, cfg=cfg.train, seed=self.seed
-            )
+        how = {"moe_cfg": cfg.moe, "cfg": cfg.train, "seed": self.seed}
+        return {
+            k: train_layer(self.captures, plan, folder, **how, start=starts[k])
+            for k, plan in plans.items()
+        }
+
+    def heal(self, layers: Path, healed: Path) -> tuple["Layers", Any]:
+        """The healed layers, and a copy of the dense model with the healed norms."""
+        import torch
+
+        from pipeline import assembly, compose, corpus, heal
+        from pipeline.layers import load_layer
+
+        cfg = compose.load([HEAL])
+        heal.heal_layers(
+            self.model,
+            {k: layers / f"layer_{k}" for k in self.layers},
+            {s: corpus.read_blocks(self.tokens, s) for s in ("train", "validation")},
+            healed,
+            cfg=cfg.heal,
+            balance_bias_rate=cfg.train.balance_bias_rate,
+            seed=self.seed,
+            dtype=torch.float32,
+        )
+        model = copy.deepcopy(self.model)
+        assembly.set_norms(model, assembly.read_norms(healed))
+        return {k: load_layer(healed / f"layer_{k}")[0] for k in self.layers}, model
 
     def judge(self, modules: Mapping[int, Any], model: Any = None) -> dict[str, Any]:
         """The figures of a row; `model` where more than the FFNs is another's."""
         from pipeline import corpus, evaluation
-        from pipeline.store import LayerReader
 
         sparse = evaluation.replaced(model or self.model, modules)
         row: dict[str, Any] = {"perplexity_ratio": {}, "kl": {}}
@@ -112,8 +175,7 @@ class Bench:
             loss = evaluation.compare_on_text(self.model, sparse, blocks, size, batch_size=8)
             row["perplexity_ratio"][text] = loss.perplexity[1] / loss.perplexity[0]
             row["kl"][text] = float(loss.kl.mean())
-        stores = {k: LayerReader(self.captures / f"layer_{k}.zarr") for k in modules}
-        found = [evaluation.layer_metrics(m, stores[k]) for k, m in modules.items()]
+        found = [evaluation.layer_metrics(m, self.rows(k)) for k, m in modules.items()]
         row["relative_mse"] = statistics.mean(m["relative_mse"] for m in found)
         row["cosine_sim"] = {
             "mean": statistics.mean(m["cosine_sim"] for m in found),
@@ -125,67 +187,42 @@ class Bench:
 
 
 def rows_of(bench: Bench, recipe: Recipe, done: set[tuple[Any, ...]]) -> Iterable[dict[str, Any]]:
-    """The recipe's rows, its static and its oracle controls', but for those that are done."""
+    """The recipe's rows and its controls', but for those that are done."""
     from pipeline import budget, compose, controls
-    from pipeline.ffn import DenseFFN
-    from pipeline.layers import load_layer
     from pipeline.shape import MoEShape
 
-    for regime in (r for r in REGIMES if r in recipe.regimes):
-        cfg = compose.load([*recipe.overrides, *REGIMES[regime], f"seed={bench.seed}"])
-        plans = budget.uniform(bench.record, cfg.moe, bench.layers)
-        shape = MoEShape(**plans[0]["shape"])
-        active = shape.active_ffn_fraction
-        known = {"active_ffn_fraction": active, "regime": regime, "seed": bench.seed}
-        ours = known | {
-            "recipe": recipe.name,
-            "parameters_factor": shape.n_experts * shape.d_ff_expert / shape.d_ff,
-            "control": None,
-        }
-        static = known | {"recipe": "static", "parameters_factor": active, "control": "static"}
+    cfg = compose.load([*recipe.overrides, f"seed={bench.seed}"])
+    plans = budget.uniform(bench.record, cfg.moe, bench.layers)
+    shape = MoEShape(**plans[bench.layers[0]]["shape"])
+    active = shape.active_ffn_fraction
+    neurons = shape.d_ff_shared + shape.n_experts * shape.d_ff_expert
+    ours = {"recipe": recipe.name, "parameters_factor": neurons / shape.d_ff, "control": None}
+    plain = {"recipe": "static", "parameters_factor": active, "control": "static"}
+    pruned = {k: static for k, plan in plans.items() if (static := controls.static_plan(plan))}
+    ways = {"ours": (ours, plans, cfg)}
+    if pruned:
+        ways["static"] = (plain, pruned, compose.load([f"seed={bench.seed}"]))
+    for name, (kind, wanted, how) in ways.items():
+        known = {**kind, "active_ffn_fraction": active, "seed": bench.seed}
+        regimes = [FREE, LAYER_WISE, *[HEALED] * (recipe.healed and name == "ours")]
+        if {key({**known, "regime": regime}) for regime in regimes} <= done:
+            continue
         with TemporaryDirectory() as temporary:
             folder, began = Path(temporary), time.monotonic()
-            if key(ours) not in done:
-                bench.fit(plans, cfg, folder / "ours")
-                model = _heal(bench, cfg, folder) if regime == HEALED else None
-                into = folder / ("healed" if regime == HEALED else "ours")
-                modules = {k: load_layer(into / f"layer_{k}")[0] for k in bench.layers}
-                yield ours | bench.judge(modules, model) | {"seconds": time.monotonic() - began}
-                if regime == LAYER_WISE:
-                    ffns = {
-                        k: DenseFFN.load(bench.captures / f"ffn_{k}.safetensors") for k in modules
-                    }
-                    oracle = {k: controls.OracleMoE(m, ffns[k]) for k, m in modules.items()}
-                    yield ours | {"control": "oracle"} | bench.judge(oracle)
-            if regime != HEALED and key(static) not in done:
-                done.add(key(static))
-                pruned = {k: controls.static_plan(plan) for k, plan in plans.items()}
-                plain = compose.load([*REGIMES[regime], f"seed={bench.seed}"])
-                bench.fit(pruned, plain, folder / "static")  # pyright: ignore[reportArgumentType]
-                modules = {k: load_layer(folder / "static" / f"layer_{k}")[0] for k in plans}
-                yield static | bench.judge(modules)
 
+            def row(regime: str, judged: Mapping[str, Any]) -> dict[str, Any]:
+                seconds = round(time.monotonic() - began)  # noqa: B023
+                return {**known, "regime": regime, **judged, "seconds": seconds}  # noqa: B023
 
-def _heal(bench: Bench, cfg: Any, folder: Path) -> Any:
-    """A copy of the dense model with the healed norms; the layers go to `folder/healed`."""
-    import torch
-
-    from pipeline import assembly, corpus, heal
-
-    blocks = {s: corpus.read_blocks(bench.tokens, s) for s in ("train", "validation")}
-    heal.heal_layers(
-        bench.model,
-        {k: folder / "ours" / f"layer_{k}" for k in bench.layers},
-        blocks,
-        folder / "healed",
-        cfg=cfg.heal,
-        balance_bias_rate=cfg.train.balance_bias_rate,
-        seed=bench.seed,
-        dtype=torch.float32,
-    )
-    model = copy.deepcopy(bench.model)
-    assembly.set_norms(model, assembly.read_norms(folder / "healed"))
-    return model
+            starts = bench.start(wanted, how)
+            yield row(FREE, bench.judge(starts))
+            trained = bench.train(wanted, how, folder / name, starts)
+            yield row(LAYER_WISE, bench.judge(trained))
+            if name == "ours":
+                oracle = {k: controls.OracleMoE(m, bench.ffn(k)) for k, m in trained.items()}
+                yield {**row(LAYER_WISE, bench.judge(oracle)), "control": "oracle"}
+            if HEALED in regimes:
+                yield row(HEALED, bench.judge(*bench.heal(folder / name, folder / "healed")))
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -235,17 +272,19 @@ def main() -> None:
     runtime.configure(RuntimeConfig(threads=args.threads))
     chosen = [r for r in RECIPES if not args.recipes or r.name in args.recipes.split(";")]
     kept = args.output.is_file() and not args.fresh
-    rows = json.loads(args.output.read_text())["rows"] if kept else []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if kept:
+        rows = {key(row): row for row in json.loads(args.output.read_text())["rows"]}
     for seed in map(int, args.seeds.split(",")):
         bench = Bench(seed)
         for recipe in chosen:
-            for row in rows_of(bench, recipe, {key(row) for row in rows}):
-                rows.append(row)
+            for row in rows_of(bench, recipe, set(rows)):
+                rows[key(row)] = row
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                args.output.write_text(json.dumps({"rows": list(rows.values())}, indent=1) + "\n")
                 print({n: row[n] for n in ("recipe", "regime", "control", "seed")}, flush=True)
                 print(row["perplexity_ratio"], flush=True)
-    print(table(rows))
+    print(table(rows.values()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pipeline.shape import (
     check_virtual_groups,
     resolve_d_ff_expert,
     resolve_init,
+    resolve_shared_expert,
 )
 
 
@@ -39,7 +40,8 @@ def uniform(
     print(f"host: {host.name} ({reason})", flush=True)
     plans = {}
     for layer, shape in shapes.items():
-        init = resolve_init(moe.init.name, moe.init_from_dense, shape.d_ff, shape.d_ff_expert)
+        d_ff = shape.d_ff_routed
+        init = resolve_init(moe.init.name, moe.init_from_dense, d_ff, shape.d_ff_expert)
         check_start(shape, init)
         if moe.virtual_groups:
             check_virtual_groups(shape, init, moe.router_init.name)
@@ -54,6 +56,7 @@ def _shape(record: Mapping[str, Any], moe: MoEConfig, layer: int) -> MoEShape:
     ffn = record["layers"][layer]
     own = next((other for other in moe.per_layer if layer in other.layers), LayerMoEConfig([layer]))
     width = moe.d_ff_expert if own.d_ff_expert is None else own.d_ff_expert
+    shared = moe.shared_expert if own.shared_expert is None else own.shared_expert
     chosen_by_experts = moe.routing is Routing.expert_choice
     return MoEShape(
         d_model=record["d_model"],
@@ -63,10 +66,11 @@ def _shape(record: Mapping[str, Any], moe: MoEConfig, layer: int) -> MoEShape:
         top_k=own.top_k or moe.top_k,
         activation=ffn["activation"],
         gated=ffn["gated"],
-        bias=ffn["bias"],
+        bias=ffn["bias"] or moe.mean_compensation,
         router_function="softmax_topk",
         routing=moe.routing.name,
         capacity_factor=moe.capacity_factor if chosen_by_experts else None,
         router_width=moe.router_width if moe.router is Router.mlp else 0,
         balance_bias=moe.balance_bias,
+        d_ff_shared=resolve_shared_expert(shared, ffn["d_ff"]),
     )

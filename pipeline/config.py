@@ -178,6 +178,7 @@ class LayerMoEConfig:
     n_experts: int | None = None
     top_k: int | None = None
     d_ff_expert: int | float | None = None
+    shared_expert: int | float | None = None
 
 
 @dataclass
@@ -205,6 +206,7 @@ class MoEConfig:
     d_ff_expert: int | float | None = (
         MISSING  # null = d_ff; float in (0, 1] = fraction of it; int >= 8 = neurons
     )
+    shared_expert: int | float = MISSING  # always on: as d_ff_expert, below 1; 0 = none
     init_from_dense: bool = MISSING  # false = init: random
     init: Init = MISSING
     init_noise: float = MISSING  # of each weight's standard deviation, on replicated experts
@@ -215,6 +217,7 @@ class MoEConfig:
     refit: bool = (
         MISSING  # least squares of every down_proj under the start's routing; not if exact
     )
+    mean_compensation: bool = MISSING  # an output bias per expert, fitted; host: custom
     balance_bias: bool = MISSING  # a bias per expert that selects and never weighs
     host: Host = MISSING  # architecture to export to; fixes the router function
     per_layer: list[LayerMoEConfig] = MISSING
@@ -344,6 +347,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "moe.top_k": (1, None),
     "moe.capacity_factor": (0.01, None),
     "moe.d_ff_expert": (0, None),
+    "moe.shared_expert": (0, None),
     "moe.init_noise": (0, None),
     "moe.router_width": (1, None),
     "moe.dynamic.reallocate_every_n_steps": (1, None),
@@ -506,7 +510,7 @@ def _check_per_layer(moe: MoEConfig, layers: list[int]) -> None:
             remedy="correct moe.per_layer, for example moe.per_layer=[{layers:[0],n_experts:8}]",
         )
     for other in moe.per_layer:
-        for name in ("n_experts", "top_k", "d_ff_expert"):
+        for name in ("n_experts", "top_k", "d_ff_expert", "shared_expert"):
             value = getattr(other, name)
             if value is not None:
                 _check_number(f"moe.{name}", value)

@@ -77,6 +77,8 @@ class OracleMoE(nn.Module):
 
     def _choose(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
         y_TD, outputs_TED = self.ffn(x_TD), self._outputs(x_TD)
+        if self.shape.d_ff_shared:
+            y_TD = y_TD - self.moe.shared_expert(x_TD)
         score, _ = ROUTER_FUNCTIONS[self.shape.router_function]
         scores_TE = score(logits_TE).to(x_TD.dtype)
         if self.shape.router_function == "softmax_topk":

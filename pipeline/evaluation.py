@@ -141,7 +141,7 @@ def layer_metrics(
 def _active_ffn_fraction(taken_TE: Tensor, shape: MoEShape) -> float:
     choices_E = taken_TE.sum(dim=0).tolist()
     neurons = sum(n * width for n, width in zip(choices_E, shape.widths, strict=True))
-    return neurons / (len(taken_TE) * shape.d_ff)
+    return (neurons / len(taken_TE) + shape.d_ff_shared) / shape.d_ff
 
 
 def _verdict(cosine_sim: float | None) -> str | None:

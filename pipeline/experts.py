@@ -38,6 +38,7 @@ def start_experts(
     """The experts' parameters of a `SparseMoE` (all but its router), at least float32, on the CPU.
 
     Args:
+        dense: without the neurons of a shared expert.
         init: `copy`, `slice` or `cluster` (all: replicate the groups), or `random`.
         init_noise: normal noise on replicated weights, in standard deviations of each tensor.
         partition: (G, F / G) neuron indices, each neuron once; null = `slice_partition`.
@@ -50,7 +51,7 @@ def start_experts(
     if init == "random":
         return _named(shape, *_random(dense, shape, generator))
     if partition is None:
-        partition = slice_partition(shape.d_ff, shape.groups)
+        partition = slice_partition(shape.d_ff_routed, shape.groups)
     pad = shape.d_ff_expert - partition.shape[1]  # > 0 where experts are wider than the FFN
 
     def rows(weight_FD: Tensor) -> Tensor:
@@ -78,6 +79,17 @@ def start_experts(
     )
 
 
+def shared_expert(dense: DenseFFN, shape: MoEShape) -> dict[str, Tensor]:
+    """The parameters of a `SharedExpert` of all neurons of `dense`, its output bias left out."""
+    dense = dense.to("cpu", torch.promote_types(dense.up_proj.dtype, torch.float32))
+    gate = [] if dense.gate_proj is None else [dense.gate_proj]
+    name = "gate_up" if shape.gated else "up"
+    weights = {f"{name}_proj": torch.cat([*gate, dense.up_proj]), "down_proj": dense.down_proj}
+    if shape.bias:
+        weights[f"{name}_bias"] = _inner_bias(dense).flatten()
+    return {f"shared_expert.{key}": weight.contiguous() for key, weight in weights.items()}
+
+
 def group_contributions(dense: DenseFFN, x_TD: Tensor, partition: Tensor) -> Tensor:
     """(T, G): the norm of what each group of neurons adds to the dense output, biases left out."""
     hidden_TGH = dense.hidden(x_TD)[:, partition]
@@ -102,7 +114,7 @@ def _random(
         return torch.randn(size, generator=generator, dtype=like.dtype) * std
 
     inner = torch.cat([normal((E, H, D), weight.std()) for weight in (*gate, like)], dim=1)
-    larger = (shape.top_k * shape.d_ff / H) ** 0.5
+    larger = (shape.top_k * shape.d_ff_routed / H) ** 0.5
     down = normal((E, D, H), dense.down_proj.std() * larger)
     return inner, down, like.new_zeros(E, inner.shape[1]), _down_bias(dense)
 

@@ -71,6 +71,15 @@ class DenseFFN:
         moved = {name: t.to(device, dtype) for name, t in self.tensors().items()}
         return DenseFFN(**moved, activation=self.activation)
 
+    def take(self, neurons_N: Tensor) -> "DenseFFN":
+        """The same of some of its neurons; the output bias stays."""
+        kept = {
+            name: t[:, neurons_N] if name == "down_proj" else t[neurons_N]
+            for name, t in self.tensors().items()
+            if name != "down_bias"
+        }
+        return DenseFFN(**kept, down_bias=self.down_bias, activation=self.activation)
+
     def hidden(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, F): each neuron's activation, the input of `down_proj`."""
         act = activation(self.activation)

@@ -1,10 +1,11 @@
 """Closed-form fits: with its routing frozen, a layer's output is linear in every `down_proj`.
 
-A token's features are, side by side, `weight x hidden` of each expert that it takes (and the weight
-alone, for `down_bias`). All experts are fitted together by least squares, since those that share
-tokens share errors, with a ridge **towards the present weights**: what the rows say little about
-stays as it is. The strength is chosen on validation rows, where the error of any weights is a
-quadratic form of sums that are taken once; "change nothing" is among the candidates.
+A token's features are, side by side, the hidden activations of the shared expert, and `weight x
+hidden` of each expert that it takes (and the weight alone, for `down_bias`). All are fitted
+together by least squares, since those that share tokens share errors, with a ridge **towards the
+present weights**: what the rows say little about stays as it is. The strength is chosen on
+validation rows, where the error of any weights is a quadratic form of sums that are taken once;
+"change nothing" is among the candidates.
 
 Features are multiplied in the weights' dtype, at least float32, and summed over chunks in float64:
 a sum over 200 thousand rows in float32 would lose what a ridge of 1e-4 still resolves, while a
@@ -13,10 +14,12 @@ most GPUs.
 
 Where the features are too many for one matrix, experts are fitted a block at a time against what
 the others leave over, again and again until nothing moves: the blocks see each other through the
-residual, so that they reach the joint solution. Experts of which each token takes one never meet,
-and one round is exact.
+residual, so that they reach the joint solution. The shared expert, which meets all of them, is
+fitted again in every block. Experts of which each token takes one never meet where nothing is
+shared, and one round is exact.
 
-Shapes: T tokens, D d_model, H d_ff_expert, E experts, N features of a block.
+Shapes: T tokens, D d_model, H d_ff_expert, S d_ff_shared, E experts, N features of a block, M of
+all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -99,7 +102,7 @@ def refit_down(
     block_features: int = BLOCK_FEATURES,
     max_rows: int | None = None,
 ) -> tuple[float, float]:
-    """Refit every `down_proj` and `down_bias` in place; runs where `moe` lies.
+    """Refit every `down_proj` and `down_bias` in place, the shared too; runs where `moe` lies.
 
     In evaluation mode: of experts that choose their tokens the thresholds must be fitted before.
     Returns the relative_mse on validation rows before and after; what makes it worse is undone.
@@ -110,30 +113,31 @@ def refit_down(
     """
     moe.eval()
     before = validation_error(moe, rows)
-    start_END = _weights(moe)
-    now_END, chosen = start_END.clone(), {}
+    start_MD = _weights(moe)
+    now_MD, chosen = start_MD.clone(), {}
     passes = _passes(moe.shape, block_features)
     for turn in range(ROUNDS):
-        last_END = now_END.clone()
+        last_MD = now_MD.clone()
         for blocks in passes:
             train = _sums(moe, rows, "train", blocks, max_rows)
             validation = _sums(moe, rows, "validation", blocks) if turn == 0 else train
             for block, fitted, judged in zip(blocks, train, validation, strict=True):
-                way_ND = (start_END[block] - now_END[block]).flatten(0, 1)
+                features_N = _features(moe.shape, block)
+                way_ND = start_MD[features_N] - now_MD[features_N]
                 if turn == 0:
                     change_ND, chosen[block.start] = best_ridge(fitted, judged, way_ND, ridges)
                 elif (ridge := chosen[block.start]) is not None:
                     change_ND = fitted.solve(ridge, way_ND)
                 else:
                     continue
-                now_END[block] += change_ND.unflatten(0, (block.stop - block.start, -1))
-            _set_weights(moe, now_END)
-        moved, whole = (now_END - last_END).norm(), (now_END - start_END).norm()
+                now_MD[features_N] += change_ND
+            _set_weights(moe, now_MD)
+        moved, whole = (now_MD - last_MD).norm(), (now_MD - start_MD).norm()
         if _never_meet(moe.shape) or len(passes) == 1 or moved <= MOVING * whole:
             break
     after = validation_error(moe, rows)
     if not after <= before:
-        _set_weights(moe, start_END)
+        _set_weights(moe, start_MD)
         return before, before
     return before, after
 
@@ -149,13 +153,21 @@ def validation_error(moe: SparseMoE, rows: Rows) -> float:
 
 
 def _never_meet(shape: MoEShape) -> bool:
-    return shape.capacity_factor is None and shape.top_k == 1
+    return shape.capacity_factor is None and shape.top_k == 1 and not shape.d_ff_shared
+
+
+def _features(shape: MoEShape, block: slice) -> Tensor:
+    """(N,) places of a block's features among all: the shared expert's, then its own experts'."""
+    S, size = shape.d_ff_shared, shape.d_ff_expert + shape.bias
+    own_N = torch.arange(S + block.start * size, S + block.stop * size)
+    return torch.cat([torch.arange(S), own_N])
 
 
 def _passes(shape: MoEShape, block_features: int) -> list[list[slice]]:
     """Blocks of experts; those of one pass are summed together and must never meet."""
     features = shape.d_ff_expert + shape.bias
-    size = 1 if _never_meet(shape) else max(1, block_features // features)
+    fitting = max(1, (block_features - shape.d_ff_shared) // features)
+    size = 1 if _never_meet(shape) else fitting
     blocks = [
         slice(first, min(first + size, shape.n_experts))
         for first in range(0, shape.n_experts, size)
@@ -167,14 +179,14 @@ def _passes(shape: MoEShape, block_features: int) -> list[list[slice]]:
 def _sums(
     moe: SparseMoE, rows: Rows, split: str, blocks: list[slice], max_rows: int | None = None
 ) -> list[Normal]:
-    """Of each block: the features of its experts, against what the layer leaves over."""
+    """Of each block: its features, against what the layer leaves over."""
     shape, device = moe.shape, moe.down_proj.device
-    features = shape.d_ff_expert + shape.bias
-    sums = [Normal((b.stop - b.start) * features, shape.d_model, device) for b in blocks]
+    sums = [Normal(len(_features(shape, b)), shape.d_model, device) for b in blocks]
     for x_TD, y_TD in _chunks(moe, rows, split, max_rows):
         weights_TE = moe.route(x_TD).weights_TE()
         for block, normal in zip(blocks, sums, strict=True):
-            taken_T = (weights_TE[:, block] != 0).any(dim=1).nonzero()[:, 0]
+            taken_T = (weights_TE[:, block] != 0).any(dim=1)
+            taken_T = (taken_T | bool(shape.d_ff_shared)).nonzero()[:, 0]
             if not len(taken_T):
                 continue
             x, y = x_TD[taken_T], y_TD[taken_T]
@@ -187,8 +199,10 @@ def _add(
 ) -> None:
     """`normal.add` for features that are mostly zero: each expert multiplies its own rows."""
     experts = moe.experts(x_TD.dtype)
-    size = moe.shape.d_ff_expert + moe.shape.bias
+    S, size = moe.shape.d_ff_shared, moe.shape.d_ff_expert + moe.shape.bias
     features_TN = x_TD.new_zeros(len(x_TD), len(normal.gram_NN))
+    if S:
+        features_TN[:, :S] = moe.shared_expert.hidden(x_TD)
     for i, e in enumerate(range(block.start, block.stop)):
         t = weights_TE[:, e].nonzero()[:, 0]
         bias_EU = experts.inner_bias_EU
@@ -197,14 +211,19 @@ def _add(
         if moe.shape.bias:
             hidden_TN = F.pad(hidden_TN, (0, 1), value=1.0)
         weight_T = weights_TE[t, e, None].to(x_TD.dtype)
-        features_TN[t, i * size : (i + 1) * size] = weight_T * hidden_TN
+        features_TN[t, S + i * size : S + (i + 1) * size] = weight_T * hidden_TN
+    if S:
+        product = (features_TN[:, :S].T @ features_TN).double()
+        normal.gram_NN[:S] += product
+        normal.gram_NN[S:, :S] += product[:, S:].T
+        normal.cross_ND[:S] += features_TN[:, :S].T @ rest_TD
     for i, e in enumerate(range(block.start, block.stop)):
         t = weights_TE[:, e].nonzero()[:, 0]
-        own = slice(i * size, (i + 1) * size)
+        own = slice(S + i * size, S + (i + 1) * size)
         own_TN = features_TN[t, own]
-        later_TN = own_TN if block.stop - block.start == 1 else features_TN[t, i * size :]
+        later_TN = own_TN if block.stop - block.start == 1 else features_TN[t, own.start :]
         product = (own_TN.T @ later_TN).double()
-        normal.gram_NN[own, i * size :] += product
+        normal.gram_NN[own, own.start :] += product
         normal.gram_NN[own.stop :, own] += product[:, size:].T
         normal.cross_ND[own] += own_TN.T @ rest_TD[t]
     normal.power += float(rest_TD.double().square().sum())
@@ -223,16 +242,22 @@ def _chunks(
 
 
 def _weights(moe: SparseMoE) -> Tensor:
-    """(E, H, D), or (E, H + 1, D) with the bias last; float64."""
+    """(M, D) float64: the shared expert's, then each expert's, its bias last."""
     down_EHD = moe.down_proj.detach().double().transpose(1, 2)
-    if not moe.shape.bias:
-        return down_EHD.clone()
-    bias_ED = moe.get_parameter("down_bias").detach().double()
-    return torch.cat([down_EHD, bias_ED[:, None]], dim=1)
+    if moe.shape.bias:
+        bias_ED = moe.get_parameter("down_bias").detach().double()
+        down_EHD = torch.cat([down_EHD, bias_ED[:, None]], dim=1)
+    weight_MD = down_EHD.flatten(0, 1)
+    if moe.shape.d_ff_shared:
+        weight_MD = torch.cat([moe.shared_expert.down_proj.detach().double().T, weight_MD])
+    return weight_MD.clone()
 
 
-def _set_weights(moe: SparseMoE, weight_END: Tensor) -> None:
-    H = moe.shape.d_ff_expert
+def _set_weights(moe: SparseMoE, weight_MD: Tensor) -> None:
+    H, S = moe.shape.d_ff_expert, moe.shape.d_ff_shared
+    if S:
+        moe.shared_expert.down_proj.copy_(weight_MD[:S].T)
+    weight_END = weight_MD[S:].unflatten(0, (moe.shape.n_experts, -1))
     moe.down_proj.copy_(weight_END[:, :H].transpose(1, 2))
     if moe.shape.bias:
         moe.get_parameter("down_bias").copy_(weight_END[:, H])

@@ -183,7 +183,12 @@ def _begin(
         sparse.set_submodule(paths[k], layers[k])
     norms = _own_norms(sparse) if cfg.train_norms else {}
     routers = [p for moe in moes.values() if _is_weighing(moe) for p in moe.router.parameters()]
-    experts = [p for moe in moes.values() for p in moe.parameters(recurse=False)]
+    experts = [
+        p
+        for moe in moes.values()
+        for name, p in moe.named_parameters()
+        if not name.startswith("router.")
+    ]
     router_rate = cfg.router_learning_rate  # may be 0, which holds the routers still
     groups = [
         {"params": routers, "peak": cfg.learning_rate if router_rate is None else router_rate},

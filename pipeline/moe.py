@@ -1,6 +1,8 @@
 """The sparse layer: a router and its experts in the place of one dense FFN.
 
-    y = sum over the top_k experts e of weight_e(x) * expert_e(x)
+    y = shared_expert(x) + sum over the top_k experts e of weight_e(x) * expert_e(x)
+
+where the shared expert may be absent.
 
 Weights stay in their own dtype (float32 master weights while training) and are cast to the compute
 dtype once per forward: that of `torch.autocast` where it is on, their own otherwise. The router
@@ -17,8 +19,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipeline.kernels import KERNELS, Experts, taken
+from pipeline.kernels import KERNELS, Experts, combine, taken
 from pipeline.router import (
     ExpertChoice,
     Router,
@@ -31,6 +34,32 @@ from pipeline.router import (
 from pipeline.shape import MoEShape
 
 
+class SharedExpert(nn.Module):
+    """Neurons of the dense FFN that every token runs: (T, D) -> (T, D), in the dtype of x."""
+
+    down_proj: Tensor
+
+    def __init__(self, shape: MoEShape) -> None:
+        super().__init__()
+        D, S = shape.d_model, shape.d_ff_shared
+        self.shape, self.inner = shape, "gate_up" if shape.gated else "up"
+        U = 2 * S if shape.gated else S
+        self.register_parameter(f"{self.inner}_proj", nn.Parameter(torch.zeros(U, D)))
+        self.register_parameter("down_proj", nn.Parameter(torch.zeros(D, S)))
+        if shape.bias:
+            self.register_parameter(f"{self.inner}_bias", nn.Parameter(torch.zeros(U)))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(self.hidden(x_TD), self.down_proj.to(x_TD.dtype))
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, S): the input of `down_proj`."""
+        weight = self.get_parameter(f"{self.inner}_proj").to(x_TD.dtype)
+        bias = self.get_parameter(f"{self.inner}_bias").to(x_TD.dtype) if self.shape.bias else None
+        inner = F.linear(x_TD, weight, bias)
+        return combine(inner, self.shape.activation, self.shape.gated)
+
+
 class SparseMoE(nn.Module):
     """A router and its experts. `kernel`, a name in `kernels.KERNELS`: how, not what, is computed.
 
@@ -41,7 +70,8 @@ class SparseMoE(nn.Module):
     Parameters: those of `router` (a `router.Router`); `gate_up_proj` (E, 2H, D), gate first, where
     gated, else `up_proj` (E, H, D); `down_proj` (E, D, H); where the dense FFN has biases
     `gate_up_bias` (E, 2H) or `up_bias` (E, H), and `down_bias` (E, D). They are zero until loaded:
-    `start.start_layer` makes a start.
+    `start.start_layer` makes a start. `shared_expert`, where there is one, has an expert's
+    parameters without E, and no `down_bias`.
     """
 
     down_proj: Tensor
@@ -58,6 +88,8 @@ class SparseMoE(nn.Module):
         if shape.bias:
             self.register_parameter(f"{self.inner}_bias", nn.Parameter(torch.zeros(E, U)))
             self.register_parameter("down_bias", nn.Parameter(torch.zeros(E, D)))
+        if shape.d_ff_shared:
+            self.shared_expert = SharedExpert(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), in the compute dtype."""
@@ -73,11 +105,13 @@ class SparseMoE(nn.Module):
         """(T, D) -> (T, D): the experts as `routing` says, in the compute dtype."""
         dtype = self._compute_dtype(x_TD.device.type)
         with torch.autocast(x_TD.device.type, enabled=False):
-            weights, experts = routing.expert_weights.to(dtype), self.experts(dtype)
+            x_TD, weights = x_TD.to(dtype), routing.expert_weights.to(dtype)
+            experts = self.experts(dtype)
             if isinstance(routing, ExpertChoice):
-                return taken(x_TD.to(dtype), weights, routing.token_ids, experts)
-            kernel = KERNELS[self.kernel]
-            return kernel(x_TD.to(dtype), weights, routing.expert_ids, experts)
+                y_TD = taken(x_TD, weights, routing.token_ids, experts)
+            else:
+                y_TD = KERNELS[self.kernel](x_TD, weights, routing.expert_ids, experts)
+            return y_TD + self.shared_expert(x_TD) if self.shape.d_ff_shared else y_TD
 
     def route(self, x_TD: Tensor) -> Routing:
         """Who works on which token, in float32 (float64 where the weights are)."""
@@ -125,10 +159,26 @@ def fit_thresholds(moe: SparseMoE, x_TD: Tensor) -> None:
 
 
 @torch.no_grad()
+def fit_bias(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor) -> None:
+    """Add to each expert's `down_bias` what its tokens lack on average: mean compensation.
+
+    Least squares of the residual on the experts' weights; for one expert per token it is the mean
+    over its tokens. What an expert leaves out is the dense FFN's other neurons: their mean needs
+    none of them to be run (FLAP, An et al. 2024, section 3.3).
+    """
+    y_hat, routing = moe.forward_routed(x_TD)
+    weights_TE = routing.weights_TE().double()
+    gram_EE = weights_TE.T @ weights_TE
+    gram_EE.diagonal().add_(1e-6 * gram_EE.diagonal().mean() + 1e-12)  # an expert without tokens
+    bias_ED = torch.linalg.solve(gram_EE, weights_TE.T @ (y_TD - y_hat).double())
+    moe.get_parameter("down_bias").add_(bias_ED)
+
+
+@torch.no_grad()
 def fit_scale(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor) -> float:
     """Multiply `down_proj` by the one scalar that fits `y` best on these rows, and return it.
 
-    Least squares in closed form: with b the (unscaled) part of the output biases,
+    Least squares in closed form: with b the (unscaled) part of output biases and shared expert,
     s = <moe(x) - b, y - b> / <moe(x) - b, moe(x) - b>. For starts that are not exact; 1.0 where
     the experts give nothing.
     """
@@ -137,6 +187,8 @@ def fit_scale(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor) -> float:
     if moe.shape.bias:
         weights_TE = routing.weights_TE()
         bias = (weights_TE @ moe.get_parameter("down_bias").to(weights_TE.dtype)).double()
+    if moe.shape.d_ff_shared:
+        bias += moe.shared_expert(x_TD.to(moe.down_proj.dtype)).view_as(bias).double()
     part, target = y_hat.double() - bias, y_TD.double() - bias
     power = float((part * part).sum())
     scale = float((part * target).sum()) / power if power else 1.0

@@ -41,6 +41,7 @@ def train_layer(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    start: SparseMoE | None = None,
 ) -> SparseMoE:
     """Fit the layer of `plan` to its own store; it is written to `layers_folder/layer_K`.
 
@@ -48,6 +49,7 @@ def train_layer(
         capture_folder: holds `layer_K.zarr` and `ffn_K.safetensors`, of `capture_activations`.
         plan: one of `plan_layers`.
         dtype: of the matrix products.
+        start: an untrained layer to begin with; null = as `moe_cfg.init` says.
 
     An interrupted call goes on from its last checkpoint. Raises as `training.fit_layer`.
     """
@@ -64,4 +66,5 @@ def train_layer(
         seed=seed,
         device=torch.device(device),
         dtype=dtype,
+        start=start,
     )

@@ -30,6 +30,13 @@ def contributions(dense: DenseFFN, x_TD: Tensor) -> Tensor:
     return dense.hidden(x_TD.to(dense.up_proj)).abs() * dense.down_proj.norm(dim=0)
 
 
+def most_contributing(dense: DenseFFN, x_TD: Tensor, neurons: int) -> Tensor:
+    """(neurons,) indices, ascending, of the largest mean squared contribution to these inputs."""
+    squares_F = sum(contributions(dense, x).square().sum(dim=0) for x in x_TD.split(CHUNK))
+    assert isinstance(squares_F, Tensor)
+    return squares_F.topk(neurons).indices.sort().values
+
+
 def cluster_partition(
     dense: DenseFFN, x_TD: Tensor, groups: int, generator: torch.Generator
 ) -> Tensor:

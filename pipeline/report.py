@@ -172,7 +172,8 @@ def _configuration(shape: MoEShape) -> str:
         chosen = f"expert choice at capacity {shape.capacity_factor:g}"
     router = f", MLP router of {shape.router_width}" if shape.router_width else ""
     bias = ", balance bias" if shape.balance_bias else ""
-    return f"d_ff_expert={width}, n={shape.n_experts}, {chosen}{router}{bias}"
+    shared = f", shared expert of {shape.d_ff_shared}" if shape.d_ff_shared else ""
+    return f"d_ff_expert={width}, n={shape.n_experts}, {chosen}{shared}{router}{bias}"
 
 
 def _resized(

@@ -34,6 +34,7 @@ class MoEShape:
     router_width: int = 0  # units of an MLP router's hidden layer; 0 = a linear router
     balance_bias: bool = False  # the router has a bias that selects and never weighs
     expert_widths: tuple[int, ...] | None = None  # where they differ; d_ff_expert is the widest
+    d_ff_shared: int = 0  # neurons of the shared expert, which every token runs
 
     def __post_init__(self) -> None:
         if self.expert_widths is not None:  # JSON gives a list
@@ -50,9 +51,14 @@ class MoEShape:
         return self.top_k if self.capacity_factor is None else self.capacity_factor
 
     @property
+    def d_ff_routed(self) -> int:
+        """Dense neurons that are left for the experts that are chosen."""
+        return self.d_ff - self.d_ff_shared
+
+    @property
     def groups(self) -> int:
-        """Groups of dense neurons that the experts hold; 1 = each holds the whole FFN."""
-        return max(1, self.d_ff // self.d_ff_expert)
+        """Groups of those neurons that the experts hold; 1 = each holds them all."""
+        return max(1, self.d_ff_routed // self.d_ff_expert)
 
     @property
     def replicas(self) -> int:
@@ -75,6 +81,12 @@ class MoEShape:
         return sum(map(self._ffn_parameters, self.widths)) / self.n_experts
 
     @property
+    def shared_parameters(self) -> int:
+        """Of the shared expert, whose output bias stands in the others."""
+        output_bias = self.d_model if self.bias else 0
+        return self._ffn_parameters(self.d_ff_shared) - output_bias
+
+    @property
     def router_parameters(self) -> int:
         linear = self.n_experts * self.d_model
         hidden = self.router_width * (self.d_model + self.n_experts)
@@ -87,17 +99,20 @@ class MoEShape:
 
     @property
     def total_parameters(self) -> int:
-        return sum(map(self._ffn_parameters, self.widths)) + self.router_parameters
+        experts = sum(map(self._ffn_parameters, self.widths))
+        return experts + self.shared_parameters + self.router_parameters
 
     @property
     def active_parameters(self) -> int:
         """Per token; with the experts' mean where widths or the number of experts vary."""
-        return round(self.experts_per_token * self.expert_parameters) + self.router_parameters
+        chosen = round(self.experts_per_token * self.expert_parameters)
+        return chosen + self.shared_parameters + self.router_parameters
 
     @property
     def active_ffn_fraction(self) -> float:
         """Neurons run per token over the dense FFN's, the router left out; at an even load."""
-        return self.experts_per_token * sum(self.widths) / self.n_experts / self.d_ff
+        chosen = self.experts_per_token * sum(self.widths) / self.n_experts
+        return (self.d_ff_shared + chosen) / self.d_ff
 
     @property
     def active_flops_fraction(self) -> float:
@@ -110,6 +125,28 @@ class MoEShape:
         inner = 2 if self.gated else 1
         biases = inner * width + self.d_model if self.bias else 0
         return (inner + 1) * width * self.d_model + biases
+
+
+def resolve_shared_expert(value: int | float, d_ff: int) -> int:
+    """Neurons of the shared expert for the setting `moe.shared_expert`.
+
+    0 is none, a float in (0, 1) that fraction of the dense width, an integer of at least 8 that
+    many neurons. Raises `ConfigError` on anything else, and on a fraction of no whole width.
+    """
+    if value == 0:
+        return 0
+    exact = value * d_ff if isinstance(value, float) else value
+    width = round(exact)
+    if abs(exact - width) > 1e-9 * d_ff or not MIN_WIDTH <= width < d_ff:
+        below = max(MIN_WIDTH, min(int(exact), d_ff - MIN_WIDTH))
+        raise ConfigError(
+            "moe.shared_expert gives no width of a shared expert.",
+            value=f"{value!r} of a dense width of {d_ff}",
+            rule="0 (none), a float in (0, 1) that gives whole neurons, or an integer of at least "
+            f"{MIN_WIDTH}; below the dense width",
+            remedy=f"for example moe.shared_expert={below}",
+        )
+    return width
 
 
 def resolve_d_ff_expert(value: int | float | None, d_ff: int) -> int:
@@ -144,23 +181,27 @@ def _width_error(value: object, why: str, near: list[int]) -> ConfigError:
     )
 
 
-def resolve_init(init: str, init_from_dense: bool, d_ff: int, d_ff_expert: int) -> str:
+def resolve_init(init: str, init_from_dense: bool, d_ff_routed: int, d_ff_expert: int) -> str:
     """A start's name, never `auto`, for the settings `moe.init` and `moe.init_from_dense`."""
     if not init_from_dense:
         return "random"
     if init != "auto":
         return init
-    return "copy" if d_ff_expert == d_ff else "slice"
+    return "copy" if d_ff_expert == d_ff_routed else "slice"
 
 
 def check_start(shape: MoEShape, init: str) -> None:
     """Raise `ConfigError` where these sizes cannot start by `init` (see `experts.py`)."""
-    if init == "copy" and shape.d_ff_expert != shape.d_ff:
+    routed = f"{shape.d_ff_routed} dense neurons"
+    if shape.d_ff_shared:
+        routed += f" beside a shared expert of {shape.d_ff_shared}"
+    if init == "copy" and shape.d_ff_expert != shape.d_ff_routed:
+        width = shape.d_ff_routed if shape.d_ff_shared else "null"
         raise ConfigError(
             "A copy of the dense FFN needs experts of its width.",
-            value=f"width {shape.d_ff_expert} of moe.d_ff_expert, dense width {shape.d_ff}",
+            value=f"width {shape.d_ff_expert} of moe.d_ff_expert, {routed}",
             rule="moe.init=copy needs equal widths",
-            remedy="set moe.d_ff_expert=null, or moe.init=slice",
+            remedy=f"set moe.d_ff_expert={width}, or moe.init=slice",
         )
     if init == "specialist" and shape.capacity_factor is None and shape.n_experts % shape.top_k:
         near = shape.n_experts // shape.top_k * shape.top_k
@@ -173,14 +214,15 @@ def check_start(shape: MoEShape, init: str) -> None:
         )
     if init not in ("slice", "cluster"):
         return
-    if shape.d_ff_expert < shape.d_ff and shape.d_ff % shape.d_ff_expert:
-        divisors = [width for width in range(1, shape.d_ff + 1) if shape.d_ff % width == 0]
+    d_ff = shape.d_ff_routed
+    if shape.d_ff_expert < d_ff and d_ff % shape.d_ff_expert:
+        divisors = [width for width in range(1, d_ff + 1) if d_ff % width == 0]
         below = max(width for width in divisors if width < shape.d_ff_expert)
         above = min(width for width in divisors if width > shape.d_ff_expert)
         raise ConfigError(
             "The dense FFN does not divide into experts of this width.",
-            value=f"width {shape.d_ff_expert} of moe.d_ff_expert, dense width {shape.d_ff}",
-            rule=f"moe.init={init} needs a width that divides the dense one",
+            value=f"width {shape.d_ff_expert} of moe.d_ff_expert, {routed}",
+            rule=f"moe.init={init} needs a width that divides them",
             remedy="the nearest valid: "
             + " or ".join(f"moe.d_ff_expert={w}" for w in (below, above) if w >= MIN_WIDTH)
             + "; moe.init=random takes any",
@@ -191,7 +233,7 @@ def check_start(shape: MoEShape, init: str) -> None:
         raise ConfigError(
             "The groups of dense neurons do not share out evenly among the experts.",
             value=f"moe.n_experts={shape.n_experts}, {shape.groups} groups "
-            f"({shape.d_ff} / {shape.d_ff_expert} neurons)",
+            f"({d_ff} / {shape.d_ff_expert} neurons)",
             rule=f"moe.init={init} needs moe.n_experts to be a multiple of the number of groups",
             remedy=f"the nearest valid: {' or '.join(f'moe.n_experts={n}' for n in near)}",
         )
@@ -204,7 +246,7 @@ def check_virtual_groups(shape: MoEShape, init: str, router_init: str) -> None:
             "Virtual groups need whole replicas of the dense FFN to choose from.",
             value=f"moe.init={init}, moe.top_k={shape.top_k}, {shape.groups} groups",
             rule="moe.virtual_groups=true needs moe.init=copy, slice or cluster, and moe.top_k "
-            "a multiple of the number of groups (d_ff / d_ff_expert)",
+            "a multiple of the number of groups ((d_ff - shared) / d_ff_expert)",
             remedy=f"set moe.top_k={shape.groups}, or moe.virtual_groups=false",
         )
     if router_init == "zero" and shape.replicas > 1:

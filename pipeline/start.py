@@ -5,7 +5,8 @@ parts of the tokens, which bring their router (`specialists.py`). A router that 
 predicts from the input what each group would contribute, and sends each token to one replica of
 every group: the replicas' rows also hold a random projection of the input that is the same for all
 groups of a replica, so that two replicas of one group are rarely chosen together, which would add
-nothing while they are alike. Last, where it is asked for and the start is not exact, every
+nothing while they are alike. A shared expert takes the neurons that contribute most, and the others
+start from what is left. Last, where it is asked for and the start is not exact, every
 `down_proj` is refitted under this routing (`fit.py`).
 
 Shapes: T tokens, D d_model, E experts, G groups, R replicas (E = R G).
@@ -18,11 +19,16 @@ import torch
 from torch import Tensor
 
 from pipeline.config import MoEConfig, RouterInit
-from pipeline.experts import group_contributions, slice_partition, start_experts
+from pipeline.experts import (
+    group_contributions,
+    shared_expert,
+    slice_partition,
+    start_experts,
+)
 from pipeline.ffn import DenseFFN
 from pipeline.fit import refit_down
-from pipeline.moe import SparseMoE, fit_scale, fit_thresholds
-from pipeline.partition import cluster_partition
+from pipeline.moe import SparseMoE, fit_bias, fit_scale, fit_thresholds
+from pipeline.partition import cluster_partition, most_contributing
 from pipeline.shape import MoEShape
 from pipeline.specialists import start_specialists
 from pipeline.store import Rows
@@ -60,7 +66,10 @@ def start_layer(
         ffn_input, ffn_output = reader.read("validation")
         fit_thresholds(moe, ffn_input.float())
         fit_scale(moe, ffn_input.float(), ffn_output.float())
-        if cfg.refit:
+        if cfg.mean_compensation:
+            fit_bias(moe, ffn_input.float(), ffn_output.float())
+        shared_alone = plan["init"] == "specialist" and shape.d_ff_shared > 0
+        if cfg.refit or shared_alone:  # each specialist has its own idea of what is shared
             refit_down(moe, reader)
     return moe
 
@@ -83,9 +92,19 @@ def _weights(
     reader: Rows,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The experts' parameters and `router.weight`."""
+    """The parameters of the experts, the shared one too, and `router.weight`."""
+    shared, shared_S = {}, None
+    if shape.d_ff_shared:
+        x_TD = reader.read("train", 0, RIDGE_ROWS)[0].float()
+        shared_S = most_contributing(ffn.to("cpu", torch.float32), x_TD, shape.d_ff_shared)
+        shared = shared_expert(ffn.take(shared_S), shape)
     if init == "specialist":
-        return start_specialists(ffn.to("cpu", torch.float32), shape, reader, generator)
+        dense = ffn.to("cpu", torch.float32)
+        return {**shared, **start_specialists(dense, shape, reader, generator, shared_S)}
+    if shared_S is not None:
+        left_F = torch.ones(ffn.d_ff, dtype=torch.bool)
+        left_F[shared_S] = False
+        ffn = ffn.take(left_F.nonzero()[:, 0])
     partition = None
     if init == "cluster":
         x_TD = reader.read("train", 0, RIDGE_ROWS)[0].float()
@@ -96,7 +115,7 @@ def _weights(
         ffn, shape, init, init_noise=noise, generator=generator, partition=partition
     )
     router = start_router(ffn, shape, init, cfg, reader, generator, partition)
-    return {**experts, "router.weight": router}
+    return {**shared, **experts, "router.weight": router}
 
 
 @torch.no_grad()
@@ -119,7 +138,7 @@ def start_router(
         return weight.repeat_interleave(E // rows, dim=0)
     x_TD = reader.read("train", 0, RIDGE_ROWS)[0].float()
     if partition is None:
-        partition = slice_partition(shape.d_ff, shape.groups)
+        partition = slice_partition(shape.d_ff_routed, shape.groups)
     dense = ffn.to("cpu", torch.float32)
     target_TE = _targets(dense, shape, cfg, x_TD, generator, partition)
     return _ridge(x_TD, target_TE)

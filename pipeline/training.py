@@ -12,6 +12,7 @@ held still, and its two terms are 0.
 `begin` and `step` are the loop's two halves, for who brings the batches along.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -74,6 +75,7 @@ def fit_layer(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    start: SparseMoE | None = None,
     progress: Progress = silent,
 ) -> SparseMoE:
     """Fit one layer, write it to `folder` and return it in evaluation mode.
@@ -82,6 +84,7 @@ def fit_layer(
         plan: the layer's file of the `budget` stage: `layer`, `shape`, `host`, ...
         folder: may hold the checkpoint that an interrupted call left.
         dtype: of the matrix products; weights and optimizer are float32.
+        start: the untrained layer, where it is made already; null = `start.start_layer`.
 
     Raises:
         InputError: fewer training rows than one batch.
@@ -100,7 +103,14 @@ def fit_layer(
         rows = SyntheticRows(reader, ffn.to(device, torch.float32), seed=seed)
     objective = Objective(rows, cfg, device, dtype)
     fit = begin(
-        rows, ffn, plan, objective, moe_cfg=moe_cfg, seed=seed, total=cfg.epochs * steps_per_epoch
+        rows,
+        ffn,
+        plan,
+        objective,
+        moe_cfg=moe_cfg,
+        seed=seed,
+        total=cfg.epochs * steps_per_epoch,
+        start=start,
     )
     if (folder / resume.CHECKPOINT).is_file():
         _restore(fit, folder / resume.CHECKPOINT)
@@ -126,15 +136,18 @@ def begin(
     moe_cfg: MoEConfig,
     seed: int,
     total: int,
+    start: SparseMoE | None = None,
 ) -> Fit:
     """The untrained layer and its optimizer, on the objective's device.
 
     Args:
         rows: what the start is made from; see `start.start_layer`.
         total: steps that the schedule is made for.
+        start: as `fit_layer`; it stays as it is.
     """
     device, layer = objective.device, plan["layer"]
-    moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed).to(device)
+    made = start_layer(ffn, plan, moe_cfg, rows, seed=seed) if start is None else start
+    moe = copy.deepcopy(made).to(device)
     kernel = objective.cfg.kernel.name
     moe.kernel, reason = pick_kernel(device.type, objective.dtype, moe.shape, kernel)
     alone = moe.shape.routing == "token_choice" and moe.shape.top_k == 1

@@ -204,7 +204,13 @@ def test_even_experts_of_which_each_token_takes_top_k_have_the_planned_active_fr
 
 
 @pytest.mark.parametrize(
-    "shape", [UNEVEN, CHOOSING, replace(CHOOSING, expert_widths=UNEVEN.expert_widths)]
+    "shape",
+    [
+        UNEVEN,
+        CHOOSING,
+        replace(CHOOSING, expert_widths=UNEVEN.expert_widths),
+        replace(UNEVEN, d_ff_shared=3),
+    ],
 )
 def test_active_fraction_counts_the_true_neurons_that_worked_on_each_token(
     tmp_path: Path, shape: MoEShape
@@ -214,7 +220,7 @@ def test_active_fraction_counts_the_true_neurons_that_worked_on_each_token(
         moe.router.threshold.fill_(0.4)  # which is not what its capacity asks for
     found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, rows(seed=3)))
     weights_TE = moe.eval().route(x).weights_TE()
-    neurons = 0
+    neurons = len(x) * shape.d_ff_shared
     for token in weights_TE:
         neurons += sum(width for w, width in zip(token, shape.widths, strict=True) if w > 0)
     assert found["active_ffn_fraction"] == neurons / (len(x) * shape.d_ff)

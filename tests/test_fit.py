@@ -23,6 +23,11 @@ KINDS = {
     "balance bias": replace(PLAIN, balance_bias=True),
     "mlp router": replace(PLAIN, router_width=4),
     "other router function": replace(PLAIN, router_function="softmax"),
+    "shared": replace(PLAIN, d_ff_shared=8),
+    "shared and top-1": replace(PLAIN, top_k=1, d_ff_shared=12),
+    "shared, plain with bias": replace(
+        PLAIN, gated=False, activation="gelu_tanh", bias=True, d_ff_shared=8
+    ),
     "expert choice": replace(PLAIN, routing="expert_choice", capacity_factor=2.0),
 }
 kinds = pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
@@ -74,9 +79,9 @@ def rows_of(moe: SparseMoE, noise: float = 0.0, train: int = 600) -> Given:
 
 
 def explicit(moe: SparseMoE, x_TD: Tensor) -> Tensor:
-    """(T, E (H + bias)): the features, one token and expert after the other."""
+    """(T, S + E (H + bias)): the features, one token and expert after the other."""
     weights_TE, experts = moe.route(x_TD).weights_TE(), moe.experts(torch.float64)
-    columns = []
+    columns = [moe.shared_expert.hidden(x_TD)] if moe.shape.d_ff_shared else []
     for e in range(E):
         inner = x_TD @ experts.inner_EUD[e].T
         if experts.inner_bias_EU is not None:
@@ -89,11 +94,12 @@ def explicit(moe: SparseMoE, x_TD: Tensor) -> Tensor:
 
 
 def weights(moe: SparseMoE) -> Tensor:
-    """(E (H + bias), D)"""
+    """(S + E (H + bias), D)"""
     down = moe.down_proj.detach().transpose(1, 2)
     if moe.shape.bias:
         down = torch.cat([down, moe.get_parameter("down_bias").detach()[:, None]], dim=1)
-    return down.flatten(0, 1)
+    shared = [moe.shared_expert.down_proj.detach().T] if moe.shape.d_ff_shared else []
+    return torch.cat([*shared, down.flatten(0, 1)])
 
 
 def ridge_solution(moe: SparseMoE, rows: Given, ridge: float) -> Tensor:
@@ -101,9 +107,10 @@ def ridge_solution(moe: SparseMoE, rows: Given, ridge: float) -> Tensor:
     (x, y), prior = rows.read("train"), weights(moe)
     features = explicit(moe, x)
     power = features.square().sum(dim=0)
-    if moe.shape.top_k == 1:
+    apart = moe.shape.top_k == 1 and not moe.shape.d_ff_shared
+    if apart:
         power = power.view(E, -1).mean(dim=1, keepdim=True).expand(E, len(prior) // E).flatten()
-    root = (ridge * power.mean().expand_as(power) if moe.shape.top_k > 1 else ridge * power).sqrt()
+    root = (ridge * power if apart else ridge * power.mean().expand_as(power)).sqrt()
     held = torch.cat([features, root.diag()])
     return torch.linalg.lstsq(held, torch.cat([y, root[:, None] * prior])).solution
 
@@ -127,20 +134,22 @@ def test_refit_is_the_ridge_solution_towards_the_present_weights(shape):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["top-2", "every expert", "bias", "expert choice"])
+@pytest.mark.parametrize(
+    "kind", ["top-2", "every expert", "bias", "expert choice", "shared and top-1"]
+)
 def test_blocks_converge_to_the_joint_solution(kind, size):
     """Within what `MOVING` allows; separate fits, one round, are far from it."""
     shape = KINDS[kind]
     joint, blocks, once = (layer(shape) for _ in range(3))
     rows = rows_of(joint, noise=0.5)
-    start = weights(joint)
+    start, features = weights(joint), shape.d_ff_shared + size * (H + shape.bias)
     refit_down(joint, rows, ridges=(1e-6,))
-    refit_down(blocks, rows, ridges=(1e-6,), block_features=size * (H + shape.bias))
+    refit_down(blocks, rows, ridges=(1e-6,), block_features=features)
     way = float((weights(joint) - start).norm())
     assert float((weights(blocks) - weights(joint)).norm()) < 0.02 * way
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.fit.ROUNDS", 1)
-        refit_down(once, rows, ridges=(1e-6,), block_features=size * (H + shape.bias))
+        refit_down(once, rows, ridges=(1e-6,), block_features=features)
     assert float((weights(once) - weights(joint)).norm()) > 0.05 * way
 
 

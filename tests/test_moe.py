@@ -1,6 +1,7 @@
 """The sparse layer: its kernels are equal to a plain loop in outputs and in every gradient."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,27 @@ def test_router_of_a_bf16_layer_computes_in_float32():
 def test_float32_weights_take_bf16_inputs_at_full_precision():
     moe, x = layer(shape_of(), "padded"), inputs(20, 16).bfloat16()
     assert torch.equal(moe(x), moe(x.float()))
+
+
+@pytest.mark.parametrize("kernel", ["loop", "padded"])  # the third has no float64
+@pytest.mark.parametrize(("gated", "bias"), FAMILIES)
+def test_a_shared_expert_adds_what_its_neurons_give_to_every_token(kernel, gated, bias):
+    shape = replace(shape_of(gated=gated, bias=bias), d_ff_shared=24)
+    moe, x = layer(shape, kernel, torch.float64), inputs(20, 16, torch.float64)
+    without = SparseMoE(replace(shape, d_ff_shared=0), kernel).double()
+    without.load_state_dict(moe.state_dict(), strict=False)
+    inner = torch.nn.functional.linear(
+        x,
+        moe.get_parameter(f"shared_expert.{moe.inner}_proj"),
+        moe.get_parameter(f"shared_expert.{moe.inner}_bias") if bias else None,
+    )
+    hidden = torch.relu(inner).square()
+    if gated:
+        hidden = torch.nn.functional.silu(inner[:, :24]) * inner[:, 24:]
+    shared = hidden @ moe.get_parameter("shared_expert.down_proj").T
+    torch.testing.assert_close(moe(x), without(x) + shared)
+    gradients = outputs_and_gradients(moe, x)
+    assert all(float(g.abs().max()) > 0 for n, g in gradients.items() if "shared" in n)
 
 
 def test_output_has_the_shape_of_the_input():

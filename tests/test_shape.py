@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.shape import MoEShape, check_dynamic, check_start, resolve_d_ff_expert, resolve_init
+from pipeline.shape import (
+    MoEShape,
+    check_dynamic,
+    check_start,
+    resolve_d_ff_expert,
+    resolve_init,
+    resolve_shared_expert,
+)
 
 
 def shape(**changes) -> MoEShape:
@@ -104,8 +111,10 @@ def test_shape_counts_every_parameter_that_the_layer_has():
 
     for gated in (True, False):
         for bias in (True, False):
-            of = shape(d_model=12, d_ff=32, d_ff_expert=16, gated=gated, bias=bias)
-            assert of.total_parameters == sum(p.numel() for p in SparseMoE(of).parameters())
+            for shared in (0, 8):
+                of = shape(d_model=12, d_ff=32, d_ff_expert=16, gated=gated, bias=bias)
+                of = dataclasses.replace(of, d_ff_shared=shared)
+                assert of.total_parameters == sum(p.numel() for p in SparseMoE(of).parameters())
 
 
 def test_shape_survives_json():
@@ -133,6 +142,28 @@ def test_true_widths_count_and_not_the_padding():
     assert uneven.active_parameters == shape().active_parameters
     assert uneven.active_ffn_fraction == shape().active_ffn_fraction
     assert MoEShape(**json.loads(json.dumps(dataclasses.asdict(uneven)))) == uneven
+
+
+def test_a_shared_expert_counts_for_every_token_and_leaves_the_rest_to_the_others():
+    of = shape(d_ff_shared=192, n_experts=6, top_k=2)
+    assert (of.d_ff_routed, of.groups, of.replicas) == (576, 6, 1)
+    assert of.active_ffn_fraction == (192 + 2 * 96) / 768
+    assert of.total_parameters == 3 * 256 * 768 + 6 * 256
+    assert of.active_parameters == 3 * 256 * (192 + 2 * 96) + 6 * 256
+    check_start(of, "slice")
+
+
+@pytest.mark.parametrize(("value", "width"), [(0, 0), (0.25, 192), (8, 8), (760, 760)])
+def test_shared_expert_takes_nothing_a_fraction_or_neurons(value, width):
+    assert resolve_shared_expert(value, 768) == width
+
+
+@pytest.mark.parametrize("value", [0.3, 1.0, 7, 768, 0.001])
+def test_shared_expert_refuses_the_rest_naming_a_valid_width(value):
+    with pytest.raises(ConfigError) as caught:
+        resolve_shared_expert(value, 768)
+    named = int(caught.value.remedy.rsplit("=", 1)[1])
+    assert resolve_shared_expert(named, 768) == named
 
 
 def test_mlp_router_and_balance_bias_count():

@@ -14,7 +14,7 @@ from pipeline.fit import Normal, validation_error
 from pipeline.moe import SparseMoE
 from pipeline.router import TokenChoice, routing_statistics
 from pipeline.shape import MoEShape
-from pipeline.specialists import errors, fit_router, prune, start_specialists
+from pipeline.specialists import HiddenRows, errors, fit_router, prune, start_specialists
 
 D, F = 12, 32
 FAMILIES = [(True, False), (True, True), (False, False), (False, True)]  # gated, bias
@@ -230,7 +230,9 @@ def test_pruning_takes_out_what_costs_least_after_a_refit(monkeypatch):
     for keep in (8, 7, 6, 5):
         options = [torch.cat([kept[:i], kept[i + 1 :]]) for i in range(len(kept))]
         kept = min(options, key=lambda option: refitted_error(x, y, option))
-        assert torch.equal(prune(sums(x, y), torch.zeros(9, 4).double(), 9, keep), kept)
+        assert torch.equal(
+            prune(sums(x, y), torch.zeros(9, 4).double(), torch.ones(9).bool(), keep), kept
+        )
 
 
 def test_of_two_equal_neurons_one_goes_before_any_other():
@@ -239,7 +241,7 @@ def test_of_two_equal_neurons_one_goes_before_any_other():
     x[:, 0] *= 5
     x[:, 4] = x[:, 0]
     y = x @ normal(6, 3, seed=2).double()
-    kept = prune(sums(x, y), torch.zeros(6, 3).double(), 6, 5).tolist()
+    kept = prune(sums(x, y), torch.zeros(6, 3).double(), torch.ones(6).bool(), 5).tolist()
     assert kept in ([0, 1, 2, 3, 5], [1, 2, 3, 4, 5])
 
 
@@ -249,7 +251,7 @@ def test_pruning_comes_close_to_the_best_choice_and_keeps_the_constant():
     )
     x = x.double()
     y = x[:, :10].square() @ normal(10, 3, seed=2).double() + 3
-    kept = prune(sums(x, y), torch.zeros(11, 3).double(), 10, 5)
+    kept = prune(sums(x, y), torch.zeros(11, 3).double(), torch.arange(11) < 10, 5)
     best = min(
         refitted_error(x, y, torch.tensor([*choice, 10])) for choice in combinations(range(10), 5)
     )
@@ -264,7 +266,7 @@ def test_many_neurons_go_in_a_bounded_number_of_steps(monkeypatch):
     found = []
     for steps in (30, 6):
         monkeypatch.setattr("pipeline.specialists.PRUNING_STEPS", steps)
-        kept = prune(sums(x, y), torch.zeros(40, 6).double(), 40, 10)
+        kept = prune(sums(x, y), torch.zeros(40, 6).double(), torch.ones(40).bool(), 10)
         assert len(kept) == 10
         found.append(refitted_error(x, y, kept))
     assert found[1] < 1.3 * found[0]
@@ -288,4 +290,4 @@ def test_errors_are_those_of_the_specialists():
     neurons = torch.arange(0, F, 2)
     weight = normal(len(neurons) + 1, D)
     wanted = (dense.hidden(x)[:, neurons] @ weight[:-1] + weight[-1] - y).square().sum(dim=1)
-    torch.testing.assert_close(errors(dense, [(neurons, weight)], (x, y))[:, 0], wanted)
+    torch.testing.assert_close(errors([(neurons, weight)], HiddenRows(dense, x, y))[:, 0], wanted)

@@ -20,6 +20,7 @@ from pipeline.config import (
     Routing,
 )
 from pipeline.ffn import DenseFFN
+from pipeline.fit import refit_down
 from pipeline.moe import SparseMoE, fit_scale
 from pipeline.router import TokenChoice, routing_statistics
 from pipeline.shape import MoEShape
@@ -42,11 +43,13 @@ PLAIN = MoEConfig(
     n_experts=8,
     top_k=2,
     d_ff_expert=0.25,
+    shared_expert=0,
     init_from_dense=True,
     init=Init.auto,
     init_noise=0.0,
     virtual_groups=False,
     refit=False,
+    mean_compensation=False,
     router_init=RouterInit.ridge,
     host=Host.auto,
     routing=Routing.token_choice,
@@ -113,13 +116,19 @@ def write_store(
 
 
 def plan_of(
-    ffn: DenseFFN, d_ff_expert: int, n_experts: int, top_k: int, init: str = "slice"
+    ffn: DenseFFN,
+    d_ff_expert: int,
+    n_experts: int,
+    top_k: int,
+    init: str = "slice",
+    d_ff_shared: int = 0,
 ) -> dict[str, Any]:
     """What the `budget` stage writes for one layer."""
     gated, bias = ffn.gate_proj is not None, ffn.down_bias is not None
     shape = MoEShape(
         D, F, d_ff_expert, n_experts, top_k, ffn.activation, gated, bias, "softmax_topk"
     )
+    shape = replace(shape, d_ff_shared=d_ff_shared)
     return {"layer": 3, "shape": asdict(shape), "init": init, "host": "mixtral"}
 
 
@@ -143,10 +152,11 @@ def begin(
     init: str = "slice",
     *,
     seed: int = 0,
+    d_ff_shared: int = 0,
     **changed: Any,
 ) -> SparseMoE:
     ffn, reader = stored
-    plan = plan_of(ffn, d_ff_expert, n_experts, top_k, init)
+    plan = plan_of(ffn, d_ff_expert, n_experts, top_k, init, d_ff_shared)
     return start_layer(ffn, plan, replace(PLAIN, **changed), reader, seed=seed)
 
 
@@ -399,6 +409,25 @@ def test_refit_improves_starts_that_are_not_exact(stored, init, router_init):
         assert torch.equal(plain.get_parameter(name), refitted.get_parameter(name))
 
 
+@pytest.mark.parametrize(("init", "top_k"), [("slice", 1), ("cluster", 2)])
+def test_mean_compensation_gives_what_the_tokens_of_an_expert_lack_on_average(stored, init, top_k):
+    ffn, reader = stored
+    plan = plan_of(ffn, F // 4, 4, top_k, init)
+    plan["shape"]["bias"] = True
+    without, moe = (
+        start_layer(ffn, plan, replace(PLAIN, mean_compensation=on), reader, seed=0)
+        for on in (False, True)
+    )
+    assert error(moe, reader, "train") < error(without, reader, "train")
+    x, y = reader.read("validation")
+    y_hat, routing = moe.forward_routed(x)
+    taken_TE = routing.weights_TE() > 0
+    if top_k == 1:
+        for e in range(4):
+            lacking = (y - y_hat)[taken_TE[:, e]].mean(dim=0)
+            torch.testing.assert_close(lacking, torch.zeros(D), atol=1e-4, rtol=0)
+
+
 def test_refit_is_under_the_thresholds_of_experts_that_choose(stored):
     ffn, reader = stored
     plan = plan_of(ffn, F // 4, 8, 2)
@@ -415,6 +444,40 @@ def test_specialists_start_better_than_any_carve_of_their_size(stored, init):
     carved = begin(stored, F // 4, 4, 1, init, refit=True)
     specialists = begin(stored, F // 4, 4, 1, "specialist")
     assert error(specialists, stored[1]) < error(carved, stored[1])
+
+
+# A shared expert
+
+
+@pytest.mark.parametrize("init", ["slice", "cluster"])
+def test_a_carve_beside_a_shared_expert_with_every_expert_active_is_exact(family, init):
+    moe = begin(family, F // 4, 3, 3, init, d_ff_shared=F // 4, router_init=RouterInit.zero)
+    assert_exact(moe, family[1])
+
+
+def test_copies_of_the_rest_beside_a_shared_expert_are_exact(family):
+    assert_exact(begin(family, 3 * F // 4, 4, 1, "copy", d_ff_shared=F // 4), family[1])
+
+
+def test_the_shared_expert_has_the_neurons_that_contribute_most(stored):
+    ffn, reader = stored
+    loud = torch.tensor([3, 17, 20, 40, 41, 50, 51, 63])
+    down = ffn.down_proj.clone()
+    down[:, loud] *= 20
+    ffn = replace(ffn, down_proj=down)
+    moe = begin((ffn, reader), 7, 8, 8, d_ff_shared=8)
+    shared = moe.get_parameter("shared_expert.gate_up_proj")
+    assert ffn.gate_proj is not None
+    assert torch.equal(shared, torch.cat([ffn.gate_proj[loud], ffn.up_proj[loud]]))
+
+
+def test_specialists_beside_a_shared_expert_are_fitted_together(stored):
+    """Better than plain pruning to what they run, and no single step of them all is left."""
+    reader = stored[1]
+    moe = begin(stored, F // 8, 6, 1, "specialist", d_ff_shared=F // 8)
+    assert error(moe, reader) < error(begin(stored, F // 4, 1, 1, "specialist"), reader)
+    before, after = refit_down(moe, reader)
+    assert after == pytest.approx(before, rel=0.02)
 
 
 def test_specialists_need_no_multiple_of_the_groups(stored):
@@ -466,12 +529,13 @@ def test_init_noise_parts_the_replicas(stored):
         {"init": "cluster"},
         {"init": "specialist"},
         {"refit": True},
+        {"d_ff_shared": F // 4},
         {"seed": 1},
     ],
     ids=str,
 )
 def test_every_setting_of_the_start_changes_it(stored, changed):
-    assert not same(begin(stored, F // 4, 8, 4), begin(stored, F // 4, 8, 4, **changed))
+    assert not same(begin(stored, F // 4, 12, 4), begin(stored, F // 4, 12, 4, **changed))
 
 
 def test_copies_differ_from_slices_in_what_an_expert_holds(stored):

@@ -8,7 +8,7 @@ the dense model from `config.dense_config`; a SparseFFN takes the place of each 
 generation are the dense model's own code (`model.dense`).
 
 A SparseFFN is a router and E experts: y = sum over the experts e that are taken of weight_e(x) *
-expert_e(x).
+expert_e(x); a shared expert, where there is one, adds its own to every token.
 
 - Token choice: each token takes the `top_k` experts that score highest. Where there is a balance
   bias it is added to the scores that select, and never to those that weigh.
@@ -55,6 +55,15 @@ ROUTER_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor],
 }
 
 
+def combine(inner: Tensor, shape: dict[str, Any]) -> Tensor:
+    """(..., 2H), gate first, where gated, else (..., H) -> (..., H)."""
+    act = ACTIVATIONS[shape["activation"]]
+    if not shape["gated"]:
+        return act(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return act(gate) * up
+
+
 class SparseDistilledConfig(PreTrainedConfig):
     """The dense model's configuration, and what each sparse layer is.
 
@@ -64,7 +73,7 @@ class SparseDistilledConfig(PreTrainedConfig):
             d_ff_expert, n_experts, top_k, activation, gated, bias, router_function, routing
             (token_choice or expert_choice), capacity_factor (expert choice: experts per token in
             training, on average), router_width (0 = a linear router), balance_bias, expert_widths
-            (null = all have d_ff_expert).
+            (null = all have d_ff_expert), d_ff_shared (of the shared expert; 0 = none).
     """
 
     model_type = "sparse_distilled"
@@ -144,12 +153,32 @@ class Router(nn.Module):
         return super()._apply(moved, recurse)
 
 
+class SharedExpert(nn.Module):
+    """What every token runs: (T, D) -> (T, D)."""
+
+    def __init__(self, shape: dict[str, Any]) -> None:
+        super().__init__()
+        D, S = shape["d_model"], shape["d_ff_shared"]
+        self.shape, self.inner = shape, "gate_up" if shape["gated"] else "up"
+        U = 2 * S if shape["gated"] else S
+        self.register_parameter(f"{self.inner}_proj", nn.Parameter(torch.zeros(U, D)))
+        self.register_parameter("down_proj", nn.Parameter(torch.zeros(D, S)))
+        if shape["bias"]:
+            self.register_parameter(f"{self.inner}_bias", nn.Parameter(torch.zeros(U)))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        bias = self.get_parameter(f"{self.inner}_bias") if self.shape["bias"] else None
+        hidden = F.linear(x_TD, self.get_parameter(f"{self.inner}_proj"), bias)
+        return F.linear(combine(hidden, self.shape), self.get_parameter("down_proj"))
+
+
 class SparseFFN(nn.Module):
     """A router and its experts: (..., D) -> (..., D).
 
     Parameters: those of `router`; `gate_up_proj` (E, 2H, D), gate first, where gated, else
     `up_proj` (E, H, D); `down_proj` (E, D, H); where there are biases `gate_up_bias` (E, 2H) or
-    `up_bias` (E, H), and `down_bias` (E, D).
+    `up_bias` (E, H), and `down_bias` (E, D). `shared_expert`, where there is one, has the same
+    without E, and no `down_bias`.
     """
 
     def __init__(self, shape: dict[str, Any]) -> None:
@@ -164,6 +193,8 @@ class SparseFFN(nn.Module):
         if shape["bias"]:
             self.register_parameter(f"{self.inner}_bias", nn.Parameter(torch.zeros(E, U)))
             self.register_parameter("down_bias", nn.Parameter(torch.zeros(E, D)))
+        if shape["d_ff_shared"]:
+            self.shared_expert = SharedExpert(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
@@ -174,6 +205,8 @@ class SparseFFN(nn.Module):
             out_ND = self.expert(e, x_TD[token_N])
             weighted_ND = out_ND * weights_TE[token_N, e, None].to(out_ND.dtype)
             y_TD = y_TD.index_add(0, token_N, weighted_ND.to(y_TD.dtype))
+        if self.shape["d_ff_shared"]:
+            y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view_as(x)
 
     def expert(self, e: int, x_ND: Tensor) -> Tensor:
@@ -183,12 +216,7 @@ class SparseFFN(nn.Module):
             bias = self.get_parameter(f"{name}_bias")[e] if self.shape["bias"] else None
             return F.linear(x, self.get_parameter(f"{name}_proj")[e], bias)
 
-        act = ACTIVATIONS[self.shape["activation"]]
-        hidden = project(self.inner, x_ND)
-        if self.shape["gated"]:
-            gate, up = hidden.chunk(2, dim=-1)
-            return project("down", act(gate) * up)
-        return project("down", act(hidden))
+        return project("down", combine(project(self.inner, x_ND), self.shape))
 
 
 class SparseDistilledForCausalLM(PreTrainedModel, GenerationMixin):

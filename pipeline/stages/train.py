@@ -21,6 +21,7 @@ PARAMS = (
     "moe.virtual_groups",
     "moe.router_init",
     "moe.refit",
+    "moe.mean_compensation",
     "moe.dynamic",
 )
 
