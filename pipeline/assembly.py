@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,8 @@ from pipeline import dense
 from pipeline.errors import ArtifactError, InputError
 from pipeline.moe import SparseMoE
 from pipeline.record import check_layers
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 NORMS = "norms.safetensors"
 """Beside the layers that were healed with them: the model's norms, by the dense model's names."""
@@ -50,6 +53,12 @@ def replace_ffns(
             moe.router = router.to(like.device, torch.float32)
         slots[k].replace(moe.eval())
     return {k: slots[k].path for k in layers}
+
+
+def shared_copy(model: ModelT) -> ModelT:
+    """Modules of its own, the same weights and buffers: one can have modules replaced alone."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)  # pyright: ignore[reportArgumentType]
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ shard and writing one again changes nothing. One shard of every layer is held in
 `2 x layers x shard_mb`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from pipeline.activations import record_ffn
 from pipeline.config import CaptureConfig, Dtype
 from pipeline.corpus import check_token_ids
-from pipeline.dense import find_ffns, select_layers
+from pipeline.dense import FFNSlot, find_ffns, select_layers
 from pipeline.runtime import Progress, silent
 from pipeline.store import LayerReader, LayerWriter
+
+Forward = Callable[[Tensor, Collection[int]], Mapping[int, tuple[Tensor, Tensor]]]
+"""(B, S) token ids and layers -> each layer's FFN input and output, (B S, D) each."""
 
 
 def capture_activations(
@@ -28,6 +31,7 @@ def capture_activations(
     layers: Iterable[int | str] | None = None,
     dtype: torch.dtype | None = None,
     attributes: Mapping[str, object] | None = None,
+    forward: Forward | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write `layer_K.zarr` and `ffn_K.safetensors` for each of `layers` below `folder`.
@@ -40,6 +44,7 @@ def capture_activations(
         layers: as `dense.select_layers` takes them; null = all.
         dtype: of the stored activations; null = as `cfg.dtype` says.
         attributes: what the stores were made from; kept in each and compared on resume.
+        forward: what runs the model; null = itself, its FFNs recorded.
 
     Raises:
         InputError: the model lacks a layer or a token's embedding, or an activation is not finite.
@@ -67,12 +72,13 @@ def capture_activations(
             attributes=dict(attributes or {}),
         )
     unwritten = list(_unwritten(writers, blocks))
+    device = next(model.parameters()).device
     total = sum(b.numel() for b in blocks.values())
     done = total - sum(sequences.numel() for _, _, sequences, _ in unwritten)
     progress(done, total, "")
     for split, k, sequences, missing in unwritten:
-        with record_ffn({layer: slots[layer].module for layer in missing}) as recorded:
-            kept = _run(model, sequences.split(cfg.batch_size), recorded, dtype)
+        run = forward or _forward(model, slots)
+        kept = _run(run, sequences.split(cfg.batch_size), missing, device, dtype)
         for layer, pairs in kept.items():
             ffn_input, ffn_output = (torch.cat(side) for side in zip(*pairs, strict=True))
             missing[layer].write_shard(split, k, ffn_input, ffn_output)
@@ -97,19 +103,27 @@ def _unwritten(
                 yield split, k, sequences, missing
 
 
+def _forward(model: nn.Module, slots: Sequence[FFNSlot]) -> Forward:
+    def forward(batch: Tensor, layers: Collection[int]) -> Mapping[int, tuple[Tensor, Tensor]]:
+        with record_ffn({layer: slots[layer].module for layer in layers}) as recorded:
+            model(input_ids=batch, use_cache=False)
+        return recorded
+
+    return forward
+
+
 @torch.inference_mode()
 def _run(
-    model: nn.Module,
+    forward: Forward,
     batches: Sequence[Tensor],
-    recorded: Mapping[int, tuple[Tensor, Tensor]],
+    layers: Collection[int],
+    device: torch.device,
     dtype: torch.dtype,
 ) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Each recorded layer's (input, output) of every batch, on the CPU."""
+    """Each layer's (input, output) of every batch, on the CPU."""
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    device = next(model.parameters()).device
     for batch in batches:
-        model(input_ids=batch.to(device), use_cache=False)
-        for layer, (x, y) in recorded.items():
+        for layer, (x, y) in forward(batch.to(device), layers).items():
             kept.setdefault(layer, []).append((x.to("cpu", dtype), y.to("cpu", dtype)))
     return kept
 

@@ -245,8 +245,10 @@ class TrainConfig:
     router_z_coef: float = MISSING
     balance_bias_rate: float = MISSING  # per step, with moe.balance_bias
     static_control: bool = MISSING  # fit plain pruning to the same active width beside the layer
+    window: int | None = None  # layers fitted at a time behind the sparse ones; null = each alone
     data_free: bool = MISSING  # random inputs of the captured mean and covariance
     evaluate_every: int = MISSING  # steps between validations
+    patience: int = MISSING  # validations without a better one before stopping; 0 = never
     checkpoint_every: int = MISSING  # steps between checkpoints to continue from
     stream: bool = MISSING  # read shuffled chunks instead of holding the split in memory
     dtype: Dtype = MISSING  # of the matrix products; weights and optimizer are float32
@@ -368,6 +370,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "train.router_z_coef": (0, None),
     "train.balance_bias_rate": (0, None),
     "train.evaluate_every": (1, None),
+    "train.patience": (0, None),
+    "train.window": (1, None),
     "train.checkpoint_every": (1, None),
     "heal.tokens": (0, None),
     "heal.batch_size": (1, None),
@@ -424,6 +428,13 @@ def validate(cfg: Config) -> None:
             _check_number(key, value)
     _check_moe(cfg.moe)
     _check_per_layer(cfg.moe, cfg.model.layers)
+    if cfg.train.window is not None and cfg.train.data_free:
+        raise ConfigError(
+            "Layers behind sparse ones cannot be fitted without captured rows.",
+            value=f"train.window={cfg.train.window}, train.data_free=true",
+            rule="what earlier layers lose is seen only where the model runs",
+            remedy="set train.window=null or train.data_free=false",
+        )
     _check_layers(cfg.model.layers)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.model.name):
         raise ConfigError(

@@ -18,7 +18,6 @@ activations of `batch_size` sequences; and about 6 float32 tensors of batch_size
 vocab_size for the loss, which decides for large vocabularies.
 """
 
-import copy
 import itertools
 import math
 import shutil
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pipeline import resume, shuffle
-from pipeline.assembly import NORMS, find_norms, replace_ffns
+from pipeline.assembly import NORMS, find_norms, replace_ffns, shared_copy
 from pipeline.config import HealConfig
 from pipeline.corpus import check_token_ids
 from pipeline.errors import ArtifactError, InputError
@@ -174,7 +173,7 @@ def _begin(
 ) -> Healing:
     """The sparse model beside the dense one, sharing what neither changes, and its optimizer."""
     model.eval().requires_grad_(False)
-    sparse = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    sparse = shared_copy(model)
     paths, layers = replace_ffns(sparse, moes), {}
     for k, moe in moes.items():
         moe.kernel, reason = pick_kernel(model.device.type, dtype, moe.shape)

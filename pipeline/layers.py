@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from pipeline import workdir
 from pipeline.errors import ArtifactError, InputError
 from pipeline.moe import SparseMoE
+from pipeline.record import CONFIG, WEIGHTS
 from pipeline.shape import MoEShape
 
-WEIGHTS, CONFIG, HISTORY = "layer.safetensors", "config.json", "history.csv"
+HISTORY = "history.csv"
 
 
 def layer_folders(folder: Path) -> dict[int, Path]:

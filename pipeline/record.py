@@ -1,10 +1,11 @@
-"""The record of the dense model: what it is, and where its weights lie.
+"""Records that are read without torch or transformers.
 
-`stages/dense/dense.json` holds the resolved revision, the digest of every file and a description;
-never a copy of somebody else's weights. Read without torch or transformers.
+`stages/dense/dense.json` says what the dense model is and where its weights lie: the resolved
+revision, the digest of every file and a description; never a copy of somebody else's weights. A
+trained layer's `config.json` may name the layers that it was fitted behind.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ArtifactError, InputError
 
 RECORD, EMBEDDED = "dense.json", "model"
+WEIGHTS, CONFIG = "layer.safetensors", "config.json"  # of a trained layer
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -53,6 +55,27 @@ def check_layers(layers: list[int], n_layers: int) -> None:
             rule=f"the model has {n_layers} layers: 0 to {n_layers - 1}",
             remedy=f"remove {beyond} from model.layers",
         )
+
+
+def check_behind(folders: Mapping[int, Path]) -> None:
+    """Refuse a trained layer that was fitted behind others than these (`train.window`).
+
+    Raises:
+        ArtifactError: names the layer, and what to run.
+    """
+    for k, folder in folders.items():
+        record = workdir.read_json(folder / CONFIG)
+        fitted = {} if "healing" in record else record.get("behind", {})
+        for j, digest in fitted.items():
+            there = folders.get(int(j))
+            if there is None or workdir.file_digest(there / WEIGHTS) != digest:
+                raise ArtifactError(
+                    f"Layer {k} was fitted to make up for another layer {j}.",
+                    value=f"layer {j} is {there.absolute() if there else 'left dense'}",
+                    rule="with train.window a layer runs behind those that it was fitted behind",
+                    remedy="run `python -m pipeline prefill` with this configuration, then "
+                    "`dvc repro`",
+                )
 
 
 def spans(indices: Iterable[int]) -> str:

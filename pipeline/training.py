@@ -2,8 +2,9 @@
 
 The loss is `MSE / variance(y) + cosine_loss_weight x (1 - cosine)` plus the router's balance and z
 terms. The state with the least validation loss is kept, the start included, so training never
-makes a layer worse. A killed run goes on from its last checkpoint, bit for bit on a CPU: weights,
-optimizer, best state, history and the position in the shuffled rows (a function of seed and step).
+makes a layer worse; after `train.patience` validations without a better one it stops. A killed run
+goes on from its last checkpoint, bit for bit on a CPU: weights, optimizer, best state, history and
+the position in the shuffled rows (a function of seed and step).
 
 A specialist start with one expert per token brings a finished router, whose weights are always 1:
 the output tells it nothing, and balance alone would pull it away from what it was fitted to. It is
@@ -117,6 +118,8 @@ def fit_layer(
     else:
         _validate(fit, objective)
     for ffn_input, ffn_output in _remaining(rows, cfg, seed, fit.step, steps_per_epoch):
+        if _is_stalled(fit, cfg.patience):
+            break
         terms = step(fit, objective, ffn_input.to(device), ffn_output.to(device))
         if fit.step % cfg.evaluate_every == 0 or fit.step == fit.total:
             _validate(fit, objective, terms)
@@ -335,6 +338,11 @@ def _validate(fit: Fit, objective: Objective, terms: Mapping[str, Tensor] | None
         fit.best_shape = fit.moe.shape
 
 
+def _is_stalled(fit: Fit, patience: int) -> bool:
+    """Whether as many validations have passed since the best one."""
+    return 0 < patience <= sum(row["step"] > fit.best_step for row in fit.history)
+
+
 def _warn(fit: Fit, row: Mapping[str, float]) -> None:
     """Say once of each kind what is wrong with the routing of the validation rows."""
     shape, found = fit.moe.shape, {}
@@ -405,7 +413,7 @@ def _finish(fit: Fit, plan: Mapping[str, Any], folder: Path) -> SparseMoE:
     fit.moe.adopt(fit.best_shape, fit.best)
     write_history(folder, fit.history)
     best = next(row for row in fit.history if row["step"] == fit.best_step)
-    trained = {"steps": fit.total, "best_step": fit.best_step, "validation": best}
+    trained = {"steps": fit.step, "best_step": fit.best_step, "validation": best}
     trained["warnings"] = list(fit.warnings.values())
     if fit.sizes:
         trained["sizes"] = fit.sizes

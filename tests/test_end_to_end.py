@@ -157,6 +157,23 @@ def test_layers_fitted_ahead_at_once_are_adopted(checkout: Checkout):
     checkout.run("git checkout -q . && dvc checkout")
 
 
+def test_windows_are_fitted_by_prefill_and_adopted(checkout: Checkout):
+    """Layer 1 behind the sparse layer 0; alone it is refused, and behind another it is stale."""
+    refused = checkout.run("dvc exp run -S train.window=1 train@1", expect=255)
+    assert "python -m pipeline prefill" in refused
+    output = checkout.run("python -m pipeline prefill train.window=1")
+    assert "layer 0: complete in" in output and "layer 1: complete in" in output
+    assert not (checkout.root / ".scratch/windows").exists()
+    output = checkout.run("dvc exp run -S train.window=1")
+    assert output.count("found complete") >= 2 and "perplexity" in output
+    assert checkout.json("stages/train/layer_1/config.json")["behind"].keys() == {"0"}
+    assert "behind" not in checkout.json("stages/train/layer_0/config.json")
+    other = "-S 'moe.per_layer=[{layers:[0],n_experts:8}]'"
+    output = checkout.run(f"dvc exp run -S train.window=1 {other}", expect=255)
+    assert "python -m pipeline prefill" in output
+    checkout.run("git checkout -q . && dvc checkout")
+
+
 def originals_lines() -> list[str]:
     """The original's command lines as docs/from-the-original.md gives them, at pico size."""
     document = (PROJECT / "docs" / "from-the-original.md").read_text()

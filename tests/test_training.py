@@ -15,8 +15,9 @@ from torch import Tensor
 from pipeline.config import Dtype, Kernel, MoEConfig, RouterInit, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
-from pipeline.layers import HISTORY, WEIGHTS, load_layer, read_history
+from pipeline.layers import HISTORY, load_layer, read_history
 from pipeline.moe import SparseMoE
+from pipeline.record import WEIGHTS
 from pipeline.resume import CHECKPOINT
 from pipeline.start import start_layer
 from pipeline.store import LayerReader
@@ -39,6 +40,7 @@ PLAIN = TrainConfig(
     balance_bias_rate=0.01,
     data_free=False,
     evaluate_every=8,
+    patience=0,
     checkpoint_every=6,
     stream=False,
     dtype=Dtype.float32,
@@ -239,7 +241,7 @@ CHANGED: dict[str, Any] = {
     "stream": True,
 }
 ELSEWHERE = {"evaluate_every", "checkpoint_every", "dtype", "kernel"}
-ELSEWHERE |= {"balance_bias_rate", "data_free", "static_control"}
+ELSEWHERE |= {"balance_bias_rate", "data_free", "static_control", "patience", "window"}
 """They have tests of their own."""
 
 

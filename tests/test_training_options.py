@@ -317,3 +317,22 @@ def test_stage_fits_the_static_control_where_it_is_asked_for(
     assert (folder / "static").exists() == static_control
     if static_control:
         assert load_layer(folder / "static")[0].shape.widths == (2 * F // 4,)
+
+
+# Early stop
+
+
+def test_training_stops_after_as_many_validations_without_a_better_one(stored, tmp_path):
+    """At a rate that only spoils the start is the best; a killed run stops at the same step."""
+    spoilt = {"learning_rate": 0.5, "warmup_steps": 0, "evaluate_every": 2, "checkpoint_every": 1}
+    fit(stored, tmp_path / "stopped", patience=3, **spoilt)
+    fit(stored, tmp_path / "never", patience=0, **spoilt)
+    with pytest.raises(Killed):
+        fit(stored, tmp_path / "killed", patience=3, killed_at=5, **spoilt)
+    fit(stored, tmp_path / "killed", patience=3, **spoilt)
+    stopped, never, killed = (
+        load_layer(tmp_path / name)[1]["training"] for name in ("stopped", "never", "killed")
+    )
+    assert stopped["best_step"] == 0 and stopped["steps"] == 6 < never["steps"]
+    assert killed == stopped
+    assert column(tmp_path / "stopped", "step") == [0, 2, 4, 6]

@@ -85,6 +85,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
 
     given = Path(cfg.layers)
     folders, norms = layer_folders(given), given / assembly.NORMS
+    record.check_behind(folders)
     healed = {"norms": workdir.file_digest(norms)} if norms.exists() else {}
 
     def compute(folder: Path) -> None:

@@ -16,7 +16,7 @@ Run:    python -m pipeline.stages.heal [key=value ...]
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import command, runtime, workdir
+from pipeline import command, record, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.stages import DENSE, HEAL, TOKENS, TRAIN
 
@@ -40,6 +40,7 @@ def run(cfg: Config) -> None:
         inputs |= {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
 
     def compute(folder: Path) -> None:
+        record.check_behind(trained)
         if healed:
             _heal_all(cfg, trained, folder)
         for k in healed:
@@ -69,7 +70,7 @@ def _heal_all(cfg: Config, trained: Mapping[int, Path], folder: Path) -> None:
 
 
 def _heal(cfg: Config, title: str, trained: Mapping[int, Path], folder: Path) -> None:
-    from pipeline import corpus, dense, heal, record
+    from pipeline import corpus, dense, heal
 
     folder.mkdir(exist_ok=True)
     source, revision = record.source(cfg.model, DENSE)

@@ -6,12 +6,17 @@ Writes: stages/train/layer_K/{layer.safetensors, config.json, history.csv}, and 
 Cost:   epochs x tokens x 9 x 2 x top_k x d_ff_expert x d_model FLOPs, once more for the control;
         the layer in memory
 Run:    python -m pipeline.stages.train --layer K [key=value ...]
+
+With train.window, layers behind the first window are fitted to rows that only `prefill` makes; here
+they are adopted from there.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import command, runtime, workdir
 from pipeline.config import Config, select
+from pipeline.errors import ConfigError
 from pipeline.stages import BUDGET, CAPTURE, TRAIN
 
 PARAMS = (
@@ -26,9 +31,21 @@ PARAMS = (
 )
 
 
-def run(cfg: Config, layer: int, budget: Path = BUDGET, published: bool = True) -> Path:
+Behind = Callable[[bool], tuple[Path, dict[str, str]]]
+"""Whether the static control is meant -> the store of a layer behind sparse ones, and these: by
+layer the digest of its weights."""
+
+
+def run(
+    cfg: Config,
+    layer: int,
+    budget: Path = BUDGET,
+    published: bool = True,
+    behind: Behind | None = None,
+) -> Path:
     store, ffn = CAPTURE / f"layer_{layer}.zarr", CAPTURE / f"ffn_{layer}.safetensors"
     shape = budget / f"layer_{layer}.json"
+    earlier = layers_before(cfg.train.window, layer, budget)
 
     def compute(folder: Path) -> None:
         from pipeline import controls, layers, training
@@ -45,9 +62,13 @@ def run(cfg: Config, layer: int, budget: Path = BUDGET, published: bool = True) 
             if layers.is_complete(into):  # of an interrupted run
                 continue
             into.mkdir(exist_ok=True)
+            rows = store
+            if earlier:
+                rows, digests = _behind(layer, behind)(into != folder)
+                wanted = {**wanted, "behind": digests}
             with runtime.progress(title) as progress:
                 training.fit_layer(
-                    LayerReader(store),
+                    LayerReader(rows),
                     DenseFFN.load(ffn),
                     wanted,
                     into,
@@ -67,11 +88,32 @@ def run(cfg: Config, layer: int, budget: Path = BUDGET, published: bool = True) 
             "store": store_digest(store),
             "ffn": workdir.file_digest(ffn),
             "shape": workdir.file_digest(shape),
+            **{f"shape_{k}": workdir.file_digest(budget / f"layer_{k}.json") for k in earlier},
+            **{f"store_{k}": store_digest(CAPTURE / f"layer_{k}.zarr") for k in earlier},
         },
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
         published=published,
     )
+
+
+def layers_before(window: int | None, layer: int, budget: Path) -> list[int]:
+    """Which layers are sparse before the window of this one is fitted; none without windows."""
+    if window is None:
+        return []
+    every = sorted(int(p.stem.removeprefix("layer_")) for p in budget.glob("layer_*.json"))
+    return every[: every.index(layer) // window * window]
+
+
+def _behind(layer: int, behind: Behind | None) -> Behind:
+    if behind is None:
+        raise ConfigError(
+            f"Layer {layer} is to be fitted behind sparse layers, and has not been.",
+            value="train.window is set",
+            rule="windows are fitted one after the other, by prefill",
+            remedy="run `python -m pipeline prefill` with this configuration, then this again",
+        )
+    return behind
 
 
 def store_digest(path: Path) -> str:
