@@ -7,7 +7,7 @@ Regimes: `training-free` (the start alone), `layer-wise` (fitted, `train` at its
 `healed` (then all layers together, `heal.tokens`). Controls: `static` at each active fraction, and
 `oracle` for the layers as they were fitted. Rows already in the output are not made again.
 
-python -m benchmarks.quality [--seeds 0,1,2] [--recipes 'NAME;...'] [--fresh]
+python -m benchmarks.quality [--seeds 0,1,2] [--recipes 'NAME;...'] [--fresh] [key=value ...]
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -69,42 +69,43 @@ def clusters(n_experts: int, top_k: int) -> Recipe:
 
 
 RECIPES = (
-    clusters(16, 12),
-    specialists(2, 0.25, shared=0.5),
-    specialists(2, 0.75),
-    clusters(16, 8),
-    specialists(3, 0.25, shared=0.25),
-    specialists(2, 0.5, healed=True),
-    specialists(7, 0.25, shared=0.25),
     specialists(4, 0.5, healed=True),
+    specialists(4, 0.25, healed=True),
+    specialists(2, 0.5),
+    specialists(16, 0.25),
     Recipe(
         "the seed's quarter width: specialists, 16 of 1/4, top-2",
         ("moe.n_experts=16", "moe.top_k=2", "moe.d_ff_expert=0.25"),
     ),
+    specialists(2, 0.25, shared=0.5),
+    clusters(16, 8),
     clusters(16, 4),
-    specialists(4, 0.25, healed=True),
-    specialists(16, 0.25),
     Recipe(
         "the seed's half width: replicas, 16 of 1/2, top-2",
         ("experiment=seed_half", "moe.virtual_groups=true", "train=default"),
     ),
+    clusters(16, 12),
+    specialists(2, 0.75),
+    specialists(3, 0.25, shared=0.25),
+    specialists(7, 0.25, shared=0.25),
 )
 
 
 class Bench:
     """The dense model of one seed, its text and its activations."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, overrides: Sequence[str], work: Path) -> None:
         from pipeline import corpus, dense, workdir
 
-        self.seed, self.folder = seed, (WORK / f"seed_{seed}").absolute()
+        self.seed, self.overrides = seed, [*overrides, f"seed={seed}"]
+        self.folder = (work / f"seed_{seed}").absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("conf", "params.yaml"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             into = self.folder / name
             (shutil.copytree if Path(name).is_dir() else shutil.copyfile)(name, into)
         for stage in ("dense", "tokens", "capture"):
-            command = [sys.executable, "-m", f"pipeline.stages.{stage}", f"seed={seed}"]
+            command = [sys.executable, "-m", f"pipeline.stages.{stage}", *self.overrides]
             path = {"PYTHONPATH": str(Path.cwd())}
             subprocess.run(command, cwd=self.folder, env=os.environ | path, check=True)
         stages = self.folder / "stages"
@@ -148,7 +149,7 @@ class Bench:
         from pipeline import assembly, compose, corpus, heal
         from pipeline.layers import load_layer
 
-        cfg = compose.load([HEAL])
+        cfg = compose.load([HEAL, *self.overrides])
         heal.heal_layers(
             self.model,
             {k: layers / f"layer_{k}" for k in self.layers},
@@ -191,7 +192,7 @@ def rows_of(bench: Bench, recipe: Recipe, done: set[tuple[Any, ...]]) -> Iterabl
     from pipeline import budget, compose, controls
     from pipeline.shape import MoEShape
 
-    cfg = compose.load([*recipe.overrides, f"seed={bench.seed}"])
+    cfg = compose.load([*bench.overrides, *recipe.overrides])
     plans = budget.uniform(bench.record, cfg.moe, bench.layers)
     shape = MoEShape(**plans[bench.layers[0]]["shape"])
     active = shape.active_ffn_fraction
@@ -201,7 +202,7 @@ def rows_of(bench: Bench, recipe: Recipe, done: set[tuple[Any, ...]]) -> Iterabl
     pruned = {k: static for k, plan in plans.items() if (static := controls.static_plan(plan))}
     ways = {"ours": (ours, plans, cfg)}
     if pruned:
-        ways["static"] = (plain, pruned, compose.load([f"seed={bench.seed}"]))
+        ways["static"] = (plain, pruned, compose.load(bench.overrides))
     for name, (kind, wanted, how) in ways.items():
         known = {**kind, "active_ffn_fraction": active, "seed": bench.seed}
         regimes = [FREE, LAYER_WISE, *[HEALED] * (recipe.healed and name == "ours")]
@@ -268,6 +269,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--work", type=Path, default=WORK, help="dense models and activations")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all configurations")
     args = parser.parse_args()
     runtime.configure(RuntimeConfig(threads=args.threads))
     chosen = [r for r in RECIPES if not args.recipes or r.name in args.recipes.split(";")]
@@ -276,7 +279,7 @@ def main() -> None:
     if kept:
         rows = {key(row): row for row in json.loads(args.output.read_text())["rows"]}
     for seed in map(int, args.seeds.split(",")):
-        bench = Bench(seed)
+        bench = Bench(seed, args.overrides, args.work)
         for recipe in chosen:
             for row in rows_of(bench, recipe, set(rows)):
                 rows[key(row)] = row

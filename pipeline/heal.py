@@ -140,6 +140,7 @@ def heal_layers(
         )
     for tokens in blocks.values():
         check_token_ids(tokens, model.get_input_embeddings().num_embeddings)  # type: ignore
+    folder.mkdir(parents=True, exist_ok=True)
     step_tokens = cfg.batch_size * blocks["train"].shape[1]
     total = max(1, cfg.tokens // step_tokens)
     read = {k: load_layer(path) for k, path in trained.items()}

@@ -72,7 +72,6 @@ def _heal_all(cfg: Config, trained: Mapping[int, Path], folder: Path) -> None:
 def _heal(cfg: Config, title: str, trained: Mapping[int, Path], folder: Path) -> None:
     from pipeline import corpus, dense, heal
 
-    folder.mkdir(exist_ok=True)
     source, revision = record.source(cfg.model, DENSE)
     device = runtime.pick_device(cfg.runtime)
     model = dense.load_model(
