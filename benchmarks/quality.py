@@ -41,7 +41,7 @@ Plans = Mapping[int, Mapping[str, Any]]
 OUTPUT = Path("benchmarks/results/quality.json")
 WORK = Path(".scratch/quality")
 FREE, LAYER_WISE, HEALED = "training-free", "layer-wise", "healed"
-HEAL = "heal.tokens=1048576"
+HEAL = "heal.tokens=262144"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _compose(overrides: list[str], to_stdout: bool) -> None:
 def _inspect(model: str, revision: str | None, as_json: bool, layers: list[str] | None) -> None:
     from pipeline import dense, hosts, record
 
-    described = dense.inspect(model, revision=revision)
+    described = dense.inspect(record.located(model), revision=revision)
     paths = [layer["path"] for layer in described["layers"]]
     which = layers and [int(k) if k.isdecimal() else k for k in layers]
     described["selected"] = dense.select_layers(paths, which)

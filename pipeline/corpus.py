@@ -174,22 +174,29 @@ def pack(
 ) -> np.ndarray:
     """(blocks, sequence_length) int32: the documents end to end, each followed by the eos token.
 
-    The bos token stands in where there is no eos. What does not fill the last block is left out;
-    `documents` is read no further than `max_tokens` need.
+    The bos token stands in where there is no eos. A tokenizer that frames its texts, as an
+    encoder's does, frames each block: the cls token, text, the sep token. What does not fill the
+    last block is left out; `documents` is read no further than `max_tokens` need.
 
     Raises:
         InputError: there is less than one block.
     """
-    separator = [i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None][:1]
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    frame = 2 if cls is not None and sep is not None else 0
+    ends = [i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None]
+    separator = [] if frame else ends[:1]
     stream: list[int] = []
     remaining = iter(documents)
+    body = sequence_length - frame
     while max_tokens is None or len(stream) < max_tokens:
         texts = [document.text for document in islice(remaining, 256)]
         if not texts:
             break
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*ids, *separator]
-    n_blocks = len(stream[:max_tokens]) // sequence_length
+    n_blocks = len(stream) // body
+    if max_tokens is not None:
+        n_blocks = min(n_blocks, max_tokens // sequence_length)
     if not n_blocks:
         raise InputError(
             f"There is too little text for one block of {name}.",
@@ -198,5 +205,8 @@ def pack(
             remedy="give more text (data.max_samples) or a larger budget, or lower "
             "data.sequence_length",
         )
-    blocks = np.array(stream[: n_blocks * sequence_length], dtype=np.int32)
-    return blocks.reshape(n_blocks, sequence_length)
+    blocks = np.array(stream[: n_blocks * body], dtype=np.int32).reshape(n_blocks, body)
+    if not frame:
+        return blocks
+    first, last = (np.full((n_blocks, 1), i, dtype=np.int32) for i in (cls, sep))
+    return np.concatenate([first, blocks, last], axis=1)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import corpus, workdir
+from pipeline import corpus, embeddings, workdir
 from pipeline.assembly import set_norms
 from pipeline.config import EvaluateConfig
 from pipeline.controls import OracleMoE, gap_recovery
 from pipeline.dense import find_ffns
+from pipeline.embeddings import EmbeddingMatch, compare_embeddings, is_encoder
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.layers import layer_folders, load_layer, read_history
 from pipeline.moe import SparseMoE
@@ -175,6 +176,10 @@ class TextLoss:
     tokens: int  # of the blocks that were read
 
 
+Texts = Mapping[str, TextLoss] | Mapping[str, EmbeddingMatch]
+"""By the name of the text, how the dense and another model compare on it."""
+
+
 @torch.inference_mode()
 def compare_on_text(
     dense: nn.Module,
@@ -266,18 +271,16 @@ def measure(
     read = {k: load_layer(folder) for k, folder in layers.items()}
     judged = {k: layer_metrics(moe.to(dense.device), stores[k]) for k, (moe, _) in read.items()}
 
-    def compare(other: nn.Module) -> dict[str, TextLoss]:
+    how = {"batch_size": cfg.batch_size, "max_batches": cfg.max_batches, "progress": progress}
+    encoder = is_encoder(dense)
+
+    def compare(other: nn.Module) -> Texts:
+        blocks = {name: corpus.read_blocks(tokens, name) for name in TEXTS}
+        if encoder:
+            return {n: compare_embeddings(dense, other, b, **how) for n, b in blocks.items()}
         return {
-            name: compare_on_text(
-                dense,
-                other,
-                corpus.read_blocks(tokens, name),
-                counts[name]["bytes"],
-                batch_size=cfg.batch_size,
-                max_batches=cfg.max_batches,
-                progress=progress,
-            )
-            for name in TEXTS
+            n: compare_on_text(dense, other, b, counts[n]["bytes"], **how)
+            for n, b in blocks.items()
         }
 
     metrics = figures(
@@ -300,6 +303,7 @@ def measure(
         "samples": {
             name: continuation(model, tokenizer, cfg.prompt, cfg.new_tokens)
             for name, model in (("dense", dense), ("sparse", sparse))
+            if not encoder
         },
         "tokens": counts,
     }
@@ -329,16 +333,17 @@ def continuation(
 def figures(
     layers: Mapping[int, Mapping[str, Any]],
     shapes: Mapping[int, MoEShape],
-    texts: Mapping[str, TextLoss],
+    texts: Texts,
     dense_parameters: int,
     sparse_parameters: int,
 ) -> dict[str, Any]:
     """`metrics.json`: one name for each figure, as docs/design.md defines them."""
-    heldout = texts["heldout"]
+    losses = {n: t for n, t in texts.items() if isinstance(t, TextLoss)}
     dense, sparse = (
         {
-            kind: {name: getattr(text, kind)[side] for name, text in texts.items()}
+            kind: {name: getattr(text, kind)[side] for name, text in losses.items()}
             for kind in ("perplexity", "byte_perplexity")
+            if losses
         }
         for side in (0, 1)
     )
@@ -353,13 +358,7 @@ def figures(
         "dense": {**dense, "parameters": dense_parameters},
         "sparse": {**sparse, "parameters": parameters},
         "judged_tokens": {name: text.tokens for name, text in texts.items()},
-        "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in texts.items()},
-        "kl": {
-            "mean": float(heldout.kl.mean()),
-            "p99": float(heldout.kl.quantile(0.99)),
-            "by_text": {name: float(text.kl.mean()) for name, text in texts.items()},
-        },
-        "top1_agreement": heldout.top1_agreement,
+        **_closeness(texts),
         "active_ffn_fraction": _by_width(run, shapes),
         "active_flops_fraction": _by_width(run_with_router, shapes),
         "cosine_sim": _mean_and_worst(layers, "cosine_sim", min),
@@ -369,13 +368,33 @@ def figures(
     }
 
 
-def control_figures(
-    layers: Mapping[int, Mapping[str, Any]], texts: Mapping[str, TextLoss]
-) -> dict[str, Any]:
-    """What `metrics.json` says of one control, under the names that the sparse model has."""
+def _closeness(texts: Texts) -> dict[str, Any]:
+    """How close the whole model comes: of a language model's predictions, or of embeddings."""
+    losses = {n: t for n, t in texts.items() if isinstance(t, TextLoss)}
+    if not losses:
+        matches = {n: t for n, t in texts.items() if isinstance(t, EmbeddingMatch)}
+        return embeddings.figures(matches)
+    heldout = losses["heldout"]
     return {
-        "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in texts.items()},
-        "kl": {"by_text": {name: float(text.kl.mean()) for name, text in texts.items()}},
+        "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in losses.items()},
+        "kl": {
+            "mean": float(heldout.kl.mean()),
+            "p99": float(heldout.kl.quantile(0.99)),
+            "by_text": {name: float(text.kl.mean()) for name, text in losses.items()},
+        },
+        "top1_agreement": heldout.top1_agreement,
+    }
+
+
+def control_figures(layers: Mapping[int, Mapping[str, Any]], texts: Texts) -> dict[str, Any]:
+    """What `metrics.json` says of one control, under the names that the sparse model has."""
+    closeness = _closeness(texts)
+    names = ("perplexity_ratio", "embedding_cosine", "neighbour_agreement")
+    by_text = {name: closeness[name] for name in names if name in closeness}
+    if "kl" in closeness:
+        by_text["kl"] = {"by_text": closeness["kl"]["by_text"]}
+    return {
+        **by_text,
         "cosine_sim": _mean_and_worst(layers, "cosine_sim", min),
         "relative_mse": _mean_and_worst(layers, "relative_mse", max),
         "layers": {

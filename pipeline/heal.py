@@ -36,7 +36,7 @@ from pipeline import resume, shuffle
 from pipeline.assembly import NORMS, find_norms, replace_ffns, shared_copy
 from pipeline.config import HealConfig
 from pipeline.corpus import check_token_ids
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.kernels import pick_kernel
 from pipeline.layers import HISTORY, is_complete, load_layer, save_layer, write_history
 from pipeline.moe import SparseMoE
@@ -124,6 +124,7 @@ def heal_layers(
         dtype: of the matrix products.
 
     Raises:
+        ConfigError: the model is an encoder.
         InputError: less text than one batch, or layers of another model.
         ArtifactError: a layer is damaged, or the loss is not finite.
     """
@@ -131,6 +132,13 @@ def heal_layers(
     if all(is_complete(folder / f"layer_{k}") for k in trained):
         path.unlink(missing_ok=True)
         return
+    if not model.can_generate():
+        raise ConfigError(
+            "An encoder cannot be healed.",
+            value=f"{type(model).__name__}, heal.tokens={cfg.tokens}",
+            rule="healing compares predictions of the next token",
+            remedy="set heal.tokens=0",
+        )
     if len(blocks["train"]) < cfg.batch_size:
         raise InputError(
             "There are fewer training blocks than one batch.",

@@ -5,6 +5,7 @@ revision, the digest of every file and a description; never a copy of somebody e
 trained layer's `config.json` may name the layers that it was fitted behind.
 """
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline import workdir
 from pipeline.config import ModelConfig
 from pipeline.errors import ArtifactError, InputError
 
+PACKAGE = "package:"
 RECORD, EMBEDDED = "dense.json", "model"
 WEIGHTS, CONFIG = "layer.safetensors", "config.json"  # of a trained layer
 
@@ -21,6 +23,30 @@ def read(folder: Path) -> dict[str, Any]:
     """The record in the verified artefact `folder`."""
     workdir.verify(folder)
     return workdir.read_json(folder / RECORD)
+
+
+def located(model_id: str) -> str:
+    """A hub id or a folder as it is; of `package:<name>/<folder>` where that folder is installed.
+
+    The package is found and not imported: none of its code runs.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if not model_id.startswith(PACKAGE):
+        return model_id
+    name, _, below = model_id.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    folders = [Path(root) / below for root in roots if (Path(root) / below).is_dir()]
+    if not folders:
+        raise InputError(
+            "The package that holds the model is not installed.",
+            value=model_id,
+            rule="package:<name>/<folder>, of a package that Python can import here",
+            remedy=f"pip install {name.replace('_', '-')}",
+        )
+    return str(folders[0])
 
 
 def source(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
@@ -32,7 +58,8 @@ def source(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
     record = read(folder)
     if model.id is None:
         return str(folder / EMBEDDED), None
-    local = Path(model.id)
+    place = located(model.id)
+    local = Path(place)
     if local.is_dir():
         for name, recorded in record["digests"].items():
             if workdir.file_digest(local / name) != recorded:
@@ -42,7 +69,7 @@ def source(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
                     rule="every file has the SHA-256 that stages/dense/dense.json recorded",
                     remedy="restore the file, or remove stages/dense and run `dvc repro`",
                 )
-    return model.id, record["revision"]
+    return place, record["revision"]
 
 
 def check_layers(layers: list[int], n_layers: int) -> None:

@@ -103,15 +103,19 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
     shapes = {k: MoEShape(**layer["shape"]) for k, layer in layers.items()}
     tokens = {name: count["tokens"] for name, count in content["tokens"].items()}
     host, good = next(iter(layers.values()))["host"], metrics["good_layers"]
+    encoder = "embedding_cosine" in metrics
     native = host != Host.sparse_distilled.name
     settings: dict[str, Any] = dict(content["settings"])
     for manifest in manifests.values():
         settings |= manifest["settings"]
     return {
         "host": host,
+        "encoder": encoder,
+        "auto_class": "AutoModel" if encoder else "AutoModelForCausalLM",
         "native": native,
         "most_experts": max(len(m["routing"]["load"]) for m in metrics["layers"].values()),
         "by_shape": _by_shape(shapes),
+        "budgets": _budgets(layers),
         "healed": next(iter(layers.values())).get("healing"),
         "resized": _resized(layers, shapes),
         "warnings": _warnings(layers),
@@ -139,13 +143,28 @@ def _against_static(metrics: Mapping[str, Any]) -> str:
     """What the comparison with plain pruning says, in one sentence."""
     if "static" not in metrics["controls"]:
         return ""
+    said = "Plain pruning to the same active size, refitted and trained alike, has"
+    if "embedding_cosine" in metrics:
+        ours, static = (
+            1 - of["embedding_cosine"]["heldout"] for of in (metrics, metrics["controls"]["static"])
+        )
+        return (
+            f"{said} an embedding cosine of {1 - static:.4f} where the sparse model has "
+            f"{1 - ours:.4f}: {_lost(ours, static)}"
+        )
     ratio = metrics["perplexity_ratio"]["heldout"]
     static = metrics["controls"]["static"]["perplexity_ratio"]["heldout"]
-    said = f"Plain pruning to the same active size, refitted and trained alike, has {static:.3f}"
+    said = f"{said} {static:.3f}"
     if ratio >= static:
         return f"{said} where the sparse model has {ratio:.3f}: here the router is worth nothing."
     lost = (ratio - 1) / (static - 1)
     return f"{said}; the sparse model loses {lost:.0%} of what that loses."
+
+
+def _lost(ours: float, static: float) -> str:
+    if ours >= static:
+        return "here the router is worth nothing."
+    return f"it loses {ours / static:.0%} of what that loses."
 
 
 def _by_shape(shapes: Mapping[int, MoEShape]) -> list[dict[str, Any]]:
@@ -158,6 +177,21 @@ def _by_shape(shapes: Mapping[int, MoEShape]) -> list[dict[str, Any]]:
         }
         for shape in dict.fromkeys(shapes.values())
     ]
+
+
+def _budgets(layers: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What was chosen for each layer by KL and what it cost there; null where nothing was."""
+    chosen = {k: layer["budget"] for k, layer in layers.items() if "budget" in layer}
+    if not chosen:
+        return None
+    rows = [
+        {"layer": k, "chosen": of["chosen"]}
+        | {"kl": of["kl"][of["chosen"]], "uniform_kl": of["kl"][of["configured"]]}
+        for k, of in chosen.items()
+    ]
+    first = next(iter(chosen.values()))
+    summed = {name: sum(row[name] for row in rows) for name in ("kl", "uniform_kl")}
+    return {"vary": first["vary"], "configured": first["configured"], "rows": rows} | summed
 
 
 def _configuration(shape: MoEShape) -> str:
@@ -251,12 +285,17 @@ def _number(value: float | None) -> str:
 def pictures(
     content: Mapping[str, Any], resized: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, str]:
-    """Name -> SVG, as it stands in the page; `widths` only where experts were `resized`."""
+    """Name -> SVG, as it stands in the page; `widths` only where experts were `resized`.
+
+    The first is of perplexities, or of an encoder's embeddings.
+    """
     metrics, history = content["metrics"], content["history"]
     layers = {int(k): m for k, m in metrics["layers"].items()}
     rows = min(max(len(layers), 3), 16)  # room for the scale's name, and no taller than a screen
+    encoder = "embedding_cosine" in metrics
+    whole = {"embeddings": _embeddings} if encoder else {"perplexity": _perplexity}
     drawn = {
-        "perplexity": _drawn(lambda ax: _perplexity(ax, metrics), width=3.8),
+        **{n: _drawn(lambda ax, draw=d: draw(ax, metrics), width=3.8) for n, d in whole.items()},
         "cosine": _drawn(lambda ax: _per_layer(ax, layers, "cosine_sim", "cosine_sim_p5")),
         "error": _drawn(lambda ax: _per_layer(ax, layers, "relative_mse")),
         "training": _drawn(lambda ax: _training(ax, history), width=5.6),
@@ -302,6 +341,20 @@ def _perplexity(ax: Axes, metrics: Mapping[str, Any]) -> None:
     ax.set_ylabel("perplexity")
     ax.margins(y=0.12)
     _legend(ax)
+
+
+def _embeddings(ax: Axes, metrics: Mapping[str, Any]) -> None:
+    found = {"sparse": metrics, **metrics["controls"]}
+    texts, width = list(metrics["embedding_cosine"]), 0.8 / len(found)
+    for i, ((name, of), colour) in enumerate(zip(found.items(), LINES, strict=False)):
+        values = [of["embedding_cosine"][text] for text in texts]
+        at = [place - 0.4 + width * (i + 0.5) for place in range(len(texts))]
+        bars = ax.bar(at, values, 0.95 * width, color=colour, label=name)
+        ax.bar_label(bars, fmt="%.3f", padding=2)
+    ax.set_xticks(range(len(texts)), texts)
+    ax.set_ylabel("cosine with the dense embedding")
+    ax.margins(y=0.12)
+    _legend(ax, ncols=3)
 
 
 def _per_layer(ax: Axes, layers: Mapping[int, Mapping[str, Any]], *names: str) -> None:

@@ -208,8 +208,9 @@ def test_hub_documents_refuse_a_dataset_out_of_reach(monkeypatch: pytest.MonkeyP
 class Words:
     """A tokenizer of one id per word."""
 
-    def __init__(self, eos: int | None, bos: int | None) -> None:
+    def __init__(self, eos: int | None, bos: int | None, *frame: int) -> None:
         self.eos_token_id, self.bos_token_id = eos, bos
+        self.cls_token_id, self.sep_token_id = frame or (None, None)
 
     def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
@@ -241,6 +242,14 @@ def test_pack_is_a_prefix_of_the_stream_in_whole_blocks(lengths, sequence_length
     usable = len(stream[:budget])
     assert blocks.shape == (usable // sequence_length, sequence_length)
     assert blocks.reshape(-1).tolist() == stream[: blocks.size]
+
+
+def test_pack_frames_each_block_where_the_tokenizer_frames_its_texts():
+    encoder = Words(None, None, 101, 102)
+    texts = numbers("5 6 7", "8", "9 10 11")
+    blocks = corpus.pack(encoder, texts, 4)  # type: ignore[arg-type]
+    assert blocks.tolist() == [[101, 5, 6, 102], [101, 7, 8, 102], [101, 9, 10, 102]]
+    assert corpus.pack(encoder, texts, 4, 11).tolist() == blocks[:2].tolist()  # type: ignore[arg-type]
 
 
 def test_pack_reads_no_further_than_its_budget():

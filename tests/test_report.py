@@ -123,6 +123,24 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
     }
 
 
+def of_encoder(given: dict[str, Any]) -> dict[str, Any]:
+    """The same, but of embeddings and not of a language model."""
+    rng = random.Random(1)
+    metrics = given["metrics"]
+    for of in (metrics, *metrics["controls"].values()):
+        for gone in ("perplexity_ratio", "kl", "top1_agreement"):
+            of.pop(gone, None)
+        names = ["embedding_cosine", "neighbour_agreement"]
+        if of is metrics:
+            names += ["embedding_cosine_p5", "neighbour_overlap"]
+        for name in names:
+            of[name] = {text: rng.uniform(0.1, 0.9) for text in ("heldout", "shifted")}
+    for side in ("dense", "sparse"):
+        for gone in ("perplexity", "byte_perplexity"):
+            del metrics[side][gone]
+    return given | {"samples": {}}
+
+
 def training() -> dict[str, Any]:
     validation = {"step": 50, "validation_relative_mse": 0.5}
     return {"steps": 50, "best_step": 50, "validation": validation, "warnings": []}
@@ -260,6 +278,22 @@ def test_every_figure_of_metrics_json_is_shown_on_the_page(folders, n_layers: in
     assert metrics == content(n_layers)["metrics"]
     missing = [name for name, value in figures(metrics) if not shown(value, page.text)]
     assert missing == []
+
+
+def test_every_figure_of_an_encoder_is_shown_on_the_page(tmp_path: Path):
+    given = of_encoder(content())
+    page = written(tmp_path, given)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    missing = [name for name, value in figures(metrics) if not shown(value, page.text)]
+    assert missing == []
+    assert "erplexity" not in page.text and "What they say" not in page.text
+    static = metrics["controls"]["static"]["embedding_cosine"]["heldout"]
+    assert f"has an embedding cosine of {static:.4f}" in page.text
+    card, summary = ((tmp_path / name).read_text() for name in ("README.md", "summary.txt"))
+    assert "AutoModel.from_pretrained" in card and "sentence-similarity" in card
+    for text in ("heldout", "shifted"):
+        assert f"{metrics['embedding_cosine'][text]:.4f}" in summary
+        assert shown(metrics["embedding_cosine"][text], card)
 
 
 def test_the_check_above_would_miss_a_figure_that_is_not_there(page: Page):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import command, runtime, workdir
 from pipeline.config import Config, select
-from pipeline.record import EMBEDDED, RECORD
+from pipeline.record import EMBEDDED, RECORD, located
 from pipeline.stages import DENSE
 
 PARAMS = (
@@ -28,7 +28,7 @@ def run(cfg: Config) -> None:
     def compute(folder: Path) -> None:
         from pipeline import dense
 
-        source = cfg.model.id or str(folder / EMBEDDED)
+        source = located(cfg.model.id) if cfg.model.id else str(folder / EMBEDDED)
         if cfg.model.embedded:
             _train_embedded(cfg, folder / EMBEDDED)
         described = dense.resolve(
