@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.activations import record_ffn
 from pipeline.capture import capture_activations
 from pipeline.config import CaptureConfig, MoEConfig, TrainConfig
-from pipeline.dense import find_ffns
+from pipeline.discovery import find_ffns
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
 from pipeline.store import LayerReader, Rows

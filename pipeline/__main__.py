@@ -9,7 +9,10 @@ python -m pipeline verify stages                   re-hash every artefact below 
 """
 
 import argparse
+import contextlib
 import json
+import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,7 +76,7 @@ def _compose(overrides: list[str], to_stdout: bool) -> None:
 
 
 def _inspect(model: str, revision: str | None, as_json: bool, layers: list[str] | None) -> None:
-    from pipeline import dense, hosts, record
+    from pipeline import dense, hosts, loaders, record
 
     described = dense.inspect(record.located(model), revision=revision)
     paths = [layer["path"] for layer in described["layers"]]
@@ -81,6 +84,9 @@ def _inspect(model: str, revision: str | None, as_json: bool, layers: list[str] 
     described["selected"] = dense.select_layers(paths, which)
     meant = [described["layers"][k] for k in described["selected"]]
     described["hosts"] = hosts.explain({**described, "layers": meant})
+    able = [host for host, answer in described["hosts"].items() if answer.startswith("yes")]
+    described["loaders"] = {host: loaders.loaders(host) for host in able}
+    described["cost"] = _cost(described)
     if as_json:
         print(json.dumps(described, indent=1, sort_keys=True))
         return
@@ -92,7 +98,27 @@ def _inspect(model: str, revision: str | None, as_json: bool, layers: list[str] 
     print("hosts of the sparse model:")
     for host, answer in described["hosts"].items():
         print(f"  {host}: {answer}")
+        if known := described["loaders"].get(host):
+            print("    " + "; ".join(f"{loader} {how}" for loader, how in known.items()))
+    print("a conversion at the configured settings:")
+    for name, figure in described["cost"].items():
+        print(f"  {name}: {figure if isinstance(figure, str) else format(figure, ',')}")
     print("\nas an entry of conf/model/:\n" + _conf_entry(model, described), end="")
+
+
+def _cost(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cost.cost` says, or under `none` why there is nothing to say."""
+    from pipeline import budget, cost
+
+    if not compose.CONF.is_dir():
+        return {"none": "there is no conf/ here"}
+    cfg = compose.load([])
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where it names the host
+            plans = budget.uniform(described, cfg.moe, described["selected"])
+    except ConfigError as error:
+        return {"none": f"{error.what} {error.value}"}
+    return cost.cost(described, plans, cfg)
 
 
 def _alike(layers: list[dict[str, Any]]) -> dict[str, list[int]]:

@@ -5,25 +5,43 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from pipeline.discovery import FFNSlot
+
 
 @contextmanager
-def record_ffn(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Hook `modules` (layer -> its FFN); yields layer -> (ffn_input, ffn_output).
+def record_ffn(
+    places: Mapping[int, FFNSlot | nn.Module],
+) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Hook `places` (layer -> its FFN); yields layer -> (ffn_input, ffn_output).
 
-    Both are (tokens, d_model), detached, on the model's device, in the order of the batch's tokens,
-    and replaced at each forward pass. The hooks are gone when the context ends, however it ends.
+    A slot is recorded, be its FFN dense or replaced. Both are (tokens, d_model), detached, on
+    the model's device, in the order of the batch's tokens, and replaced at each forward pass. The
+    hooks are gone when the context ends, however it ends.
     """
     recorded: dict[int, tuple[Tensor, Tensor]] = {}
+    given: dict[int, Tensor] = {}
 
-    def hook(layer: int):
+    def enter(layer: int):
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            given[layer] = _rows(inputs[0])
+
+        return keep
+
+    def leave(layer: int):
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, y = inputs[0].detach(), output.detach()
-            recorded[layer] = (x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+            recorded[layer] = (given.pop(layer), _rows(output))
 
         return keep
 
     with ExitStack() as stack:
-        for layer, module in modules.items():
-            handle = module.register_forward_hook(hook(layer))
-            stack.callback(handle.remove)
+        for layer, place in places.items():
+            slot = isinstance(place, FFNSlot)
+            first, last = (place.entry, place.module) if slot else (place, place)
+            stack.callback(first.register_forward_pre_hook(enter(layer)).remove)
+            stack.callback(last.register_forward_hook(leave(layer)).remove)
         yield recorded
+
+
+def _rows(states: Tensor) -> Tensor:
+    """(..., D) -> (T, D), copied: Falcon adds to its FFN's output in place."""
+    return states.detach().clone().reshape(-1, states.shape[-1])

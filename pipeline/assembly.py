@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline import dense
+from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, InputError
 from pipeline.moe import SparseMoE
 from pipeline.record import check_layers
@@ -24,7 +24,7 @@ NORMS = "norms.safetensors"
 def replace_ffns(
     model: nn.Module, layers: Mapping[int, SparseMoE], float32_routers: Collection[int] = ()
 ) -> dict[int, str]:
-    """Put the layers in, all or none; returns where each lies in the model.
+    """Put the layers in, all or none; returns where each lies in the model (`FFNSlot.path`).
 
     Args:
         float32_routers: layers whose router keeps its precision, whatever the FFN's dtype. A
@@ -33,7 +33,7 @@ def replace_ffns(
     Raises:
         InputError: the layers belong to another model.
     """
-    slots = dense.find_ffns(model)
+    slots = find_ffns(model)
     check_layers(list(layers), len(slots))
     for k, moe in layers.items():
         slot = slots[k]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pipeline.activations import record_ffn
 from pipeline.config import CaptureConfig, Dtype
 from pipeline.corpus import check_token_ids
-from pipeline.dense import FFNSlot, find_ffns, select_layers
+from pipeline.dense import select_layers
+from pipeline.discovery import FFNSlot, find_ffns
 from pipeline.runtime import Progress, silent
 from pipeline.store import LayerReader, LayerWriter
 
@@ -105,7 +106,7 @@ def _unwritten(
 
 def _forward(model: nn.Module, slots: Sequence[FFNSlot]) -> Forward:
     def forward(batch: Tensor, layers: Collection[int]) -> Mapping[int, tuple[Tensor, Tensor]]:
-        with record_ffn({layer: slots[layer].module for layer in layers}) as recorded:
+        with record_ffn({layer: slots[layer] for layer in layers}) as recorded:
             model(input_ids=batch, use_cache=False)
         return recorded
 

@@ -1,36 +1,32 @@
 """From trained layers to a sparse checkpoint that transformers loads.
 
-The layers take the FFNs' places in the dense model; its tensors are renamed into the host
-architecture without a copy and saved as `save_pretrained` does, the modelling file with them where
-the host is our own. Then a fresh process that knows nothing of this package opens the folder, and
-its logits and greedy continuation must be those of the model in memory. Both sides compute in
-float32, on equal weights as stored.
+What a conversion leaves alone goes from the dense model's files into the checkpoint's tensor by
+tensor, under the names of the host architecture; the sparse layers follow one by one. Neither
+model is built for that. The modelling file comes with it where the host is our own. Then it is
+proved (`proof.py`) that the checkpoint computes what the layers in the dense model's place do.
 """
 
-import gc
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
-from pipeline import dense, hosts, reload
+from pipeline import dense, hosts, proof, weights
 from pipeline.assembly import read_norms, replace_ffns, set_norms
-from pipeline.errors import ArtifactError, ConfigError, InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.layers import layer_folders, load_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
-
-PROBE_SEQUENCES, PROBE_TOKENS, NEW_TOKENS = 2, 32, 16
 
 
 def convert_to_sparse(
@@ -65,11 +61,7 @@ def convert_to_sparse(
         )
     read = {k: load_layer(folders[k]) for k in chosen}
     known = {k: _host({k: record["host"]}) for k, (_, record) in read.items()}
-    replace_ffns(
-        dense_model,
-        {k: moe for k, (moe, _) in read.items()},
-        {k for k, host in known.items() if host.float32_router},
-    )
+    _replace(dense_model, {k: moe for k, (moe, _) in read.items()}, known)
     set_norms(dense_model, read_norms(Path(layers_folder)))
     return dense_model if device is None else dense_model.to(device)
 
@@ -88,7 +80,7 @@ def assemble(
     max_shard_size: str = "2GB",
     tolerance: float = 1e-3,
 ) -> None:
-    """Write the sparse checkpoint of the dense model `source` to `folder`, and verify it.
+    """Write the sparse checkpoint of the dense model `source` to `folder`, and prove it.
 
     Args:
         norms: healed ones, by name; null = the dense model's own.
@@ -99,33 +91,145 @@ def assemble(
         InputError: the layers or the norms belong to another model.
         ArtifactError: a layer is damaged, or the reloaded checkpoint computes something else.
     """
-    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = dense.load_model(source, dtype=dtype, device=device, device_map=device_map, **loading)
-    described = dense.describe(model)
-    set_norms(model, norms or {})
-    read = {k: load_layer(path) for k, path in folders.items()}
-    host = _host({k: record["host"] for k, (_, record) in read.items()})
-    shapes = {k: moe.shape for k, (moe, _) in read.items()}
-    refusal = hosts.can_host(host, described, shapes)
-    if refusal:
-        raise ConfigError(
-            f"{host.name} cannot hold this conversion.",
-            value=refusal,
-            rule="the host of the layers holds the dense model",
-            remedy="convert every layer that it needs, or train for another moe.host",
+    how = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    conversion = Conversion(source, folders, norms or {}, how)
+    conversion.write(folder, max_shard_size)
+
+    def in_memory() -> PreTrainedModel:
+        loaded = dense.load_model(source, device=device, device_map=device_map, **how)
+        return conversion.put_into(loaded)
+
+    vocab_size = conversion.described["vocab_size"]
+    proof.prove(folder, conversion.tensors, in_memory, vocab_size, tolerance)
+
+
+class Conversion:
+    """A dense model, the sparse layers that take its FFNs' places, and the host of them all.
+
+    It holds no weights but the norms: they are read when they are asked for.
+
+    Args:
+        source, folders: as `assemble` takes them.
+        norms: healed ones, by name.
+        how: `dtype`, `revision` and `trust_remote_code` of the dense model.
+
+    Raises:
+        ConfigError: the layers' host cannot hold this model.
+        InputError: the layers or the norms belong to another model.
+        ArtifactError: a layer is damaged.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        folders: Mapping[int, Path],
+        norms: Mapping[str, Tensor],
+        how: Mapping[str, Any],
+    ) -> None:
+        self.source, self.folders, self.norms, self.how = source, folders, norms, how
+        self.loading = {k: v for k, v in how.items() if k != "dtype"}
+        self.described = dense.inspect(source, **how)
+        self.dtype: torch.dtype = getattr(torch, self.described["dtype"])
+        self.skeleton = self._skeleton()
+        set_norms(self.skeleton, norms)
+        read = {k: _shape_and_host(path) for k, path in folders.items()}
+        self.shapes = {k: shape for k, (shape, _) in read.items()}
+        self.host = _host({k: host for k, (_, host) in read.items()})
+        _check_host(self.host, self.described, self.shapes)
+        self.stored = self.host.stored(self.shapes)
+        with torch.device("meta"):
+            empty = {k: SparseMoE(shape) for k, shape in self.shapes.items()}
+        paths = replace_ffns(self.skeleton, empty).values()
+        below = tuple(f"{path}." for path in paths)
+        own = weights.persistent(self.skeleton)
+        self.kept = {name: t for name, t in own.items() if not name.startswith(below)}
+
+    def write(self, folder: Path, max_shard_size: str) -> None:
+        """The checkpoint: configuration, weights, tokenizer."""
+        config = AutoConfig.for_model(
+            self.host.model_type, **self.host.config(self.described, self.shapes)
         )
-    stored = host.store(shapes)
-    moes = {k: pad_experts(moe, stored[k]) for k, (moe, _) in read.items()}
-    paths = replace_ffns(model, moes, moes if host.float32_router else ())
-    tensors = _hosted_tensors(model, host, paths)
-    fields = host.config(described, stored)
-    save_hosted(model, tensors, host, fields, folder, max_shard_size)
-    tokenizer = dense.load_tokenizer(source, **loading)
-    tokenizer.save_pretrained(folder)
-    expected = reload.compute(model.float(), probe(described["vocab_size"]), NEW_TOKENS)
-    del model, read, moes
-    gc.collect()
-    compare(expected, reload_elsewhere(folder, described["vocab_size"]), tolerance, folder)
+        causal = self.skeleton.can_generate()
+        with torch.device("meta"):
+            auto_class = AutoModelForCausalLM if causal else AutoModel
+            hosted = auto_class.from_config(config, dtype=self.dtype)
+        if causal:
+            hosted.generation_config = self._generation_config()
+        tokenizer = dense.load_tokenizer(self.source, **self.loading)
+        hosted.save_pretrained(folder, state_dict={})
+        tokenizer.save_pretrained(folder)
+        weights.write(folder, self.planned(), self.tensors(), max_shard_size)
+
+    def planned(self) -> dict[str, Tensor]:
+        """Every tensor of the checkpoint, on the meta device."""
+        found = dict(self._kept(weights.Resident(self.kept)))
+        with torch.device("meta"):
+            empty = {k: SparseMoE(shape) for k, shape in self.stored.items()}
+        for k, moe in empty.items():
+            found |= self._placed(k, moe)
+        return {name: torch.empty_like(t, device="meta") for name, t in found.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one after the other; each sparse layer is read when its turn comes."""
+        found = weights.find(self.skeleton, self.kept, self.source, self.how["revision"])
+        if isinstance(found, str):
+            print(f"the dense model is read as a whole, since {found}", flush=True)
+            found = weights.Resident(dense.load_model(self.source, **self.how).state_dict())
+        yield from self._kept(found)
+        for k, path in self.folders.items():  # no name keeps a layer while the next is read
+            yield from self._placed(k, pad_experts(load_layer(path)[0], self.stored[k])).items()
+
+    def put_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same conversion in memory; returns the model, which is changed."""
+        set_norms(model, self.norms)
+        layers = {k: load_layer(path)[0] for k, path in self.folders.items()}
+        _replace(model, layers, dict.fromkeys(layers, self.host))
+        return model
+
+    def _skeleton(self) -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(self.source, **self.loading)
+        trusted = {"trust_remote_code": self.how["trust_remote_code"]}
+        with torch.device("meta"):
+            return dense.auto_class(config).from_config(config, dtype=self.dtype, **trusted)
+
+    def _generation_config(self) -> GenerationConfig | None:
+        try:
+            return GenerationConfig.from_pretrained(self.source, revision=self.how["revision"])
+        except OSError:  # it has none
+            return self.skeleton.generation_config
+
+    def _kept(self, source: weights.Weights) -> Iterator[tuple[str, Tensor]]:
+        for name, like in self.kept.items():
+            for there, rows in self.host.pieces(self.described, name).items():
+                tensor = self.norms[name] if name in self.norms else source.read(name, rows)
+                yield there, tensor.to(like.dtype)
+        for name, shape in self.host.made_up(self.described).items():
+            yield name, torch.zeros(shape, dtype=self.dtype)
+
+    def _placed(self, layer: int, moe: SparseMoE) -> dict[str, Tensor]:
+        tensors = {
+            name: tensor if name.startswith(self.host.float32) else tensor.to(self.dtype)
+            for name, tensor in moe.state_dict().items()
+        }
+        return self.host.layer(self.described, layer, tensors)
+
+
+def _replace(
+    model: nn.Module, layers: Mapping[int, SparseMoE], known: Mapping[int, hosts.Host]
+) -> None:
+    """As the hosts will hold the layers: what they keep in float32 is that, the rest rounded."""
+    dtype = next(model.parameters()).dtype
+    for k, moe in layers.items():
+        for name, tensor in moe.router.state_dict().items():
+            if not f"router.{name}".startswith(known[k].float32):
+                tensor.copy_(tensor.to(dtype))
+    replace_ffns(model, layers, {k for k, host in known.items() if host.float32})
+
+
+def _shape_and_host(folder: Path) -> tuple[MoEShape, str]:
+    """Of a layer, which is read as a whole to see that it is whole, and let go."""
+    moe, record = load_layer(folder)
+    return moe.shape, record["host"]
 
 
 def _host(names: Mapping[int, str]) -> hosts.Host:
@@ -147,112 +251,48 @@ def _host(names: Mapping[int, str]) -> hosts.Host:
     return hosts.HOSTS[name]
 
 
+def _check_host(
+    host: hosts.Host, described: Mapping[str, Any], shapes: Mapping[int, MoEShape]
+) -> None:
+    functions = {k: shape.router_function for k, shape in shapes.items()}
+    if set(functions.values()) != {host.router_function}:
+        raise InputError(
+            "The layers were trained under another router function.",
+            value=", ".join(f"layer {k}: {name}" for k, name in functions.items()),
+            rule=f"{host.name} has {host.router_function}",
+            remedy="train the layers for this host",
+        )
+    refusal = hosts.can_host(host, described, shapes)
+    if refusal:
+        raise ConfigError(
+            f"{host.name} cannot hold this conversion.",
+            value=refusal,
+            rule="the host of the layers holds the dense model",
+            remedy="convert every layer that it needs, or train for another moe.host",
+        )
+
+
 def pad_experts(moe: SparseMoE, shape: MoEShape) -> SparseMoE:
     """The layer with its experts as wide as `shape` has them: neurons of zeros add nothing."""
     extra = shape.d_ff_expert - moe.shape.d_ff_expert
-    if not extra:
+    shared = shape.d_ff_shared - moe.shape.d_ff_shared
+    if not extra and not shared:
         return moe
-    wide, tensors = SparseMoE(shape, moe.kernel), moe.state_dict()
-    tensors["down_proj"] = F.pad(moe.down_proj, (0, extra))
-    for name, below in ((f"{moe.inner}_proj", (0, 0, 0, extra)), (f"{moe.inner}_bias", (0, extra))):
-        if name in tensors:
-            halves = tensors[name].chunk(2 if shape.gated else 1, dim=1)
-            tensors[name] = torch.cat([F.pad(half, below) for half in halves], dim=1)
+    wide = SparseMoE(shape, moe.kernel)
+    tensors = wide.state_dict() | moe.state_dict()
+    for name, tensor in moe.state_dict().items():
+        more = shared if name.startswith("shared_expert.") else extra
+        if name.endswith(f"{moe.inner}_proj"):
+            tensors[name] = _pad_rows(tensor, -2, more, shape.gated)
+        elif name.endswith(f"{moe.inner}_bias"):
+            tensors[name] = _pad_rows(tensor, -1, more, shape.gated)
+        elif name.endswith("down_proj"):
+            tensors[name] = F.pad(tensor, (0, more))
     wide.load_state_dict(tensors)
     return wide.train(moe.training)
 
 
-def _hosted_tensors(
-    model: nn.Module, host: hosts.Host, paths: Mapping[int, str]
-) -> dict[str, Tensor]:
-    """The model's tensors, not copied, under the host's names."""
-    given, tensors = dict(model.state_dict()), {}
-    for k, path in paths.items():
-        for name in [name for name in given if name.startswith(f"{path}.")]:
-            below = name.removeprefix(f"{path}.")
-            tensors[hosts.rename(host, k, path, below)] = given.pop(name)
-    return tensors | {host.prefix + name: tensor for name, tensor in given.items()}
-
-
-def save_hosted(
-    model: PreTrainedModel,
-    tensors: dict[str, Tensor],
-    host: hosts.Host,
-    fields: Mapping[str, Any],
-    folder: Path,
-    max_shard_size: str,
-) -> None:
-    """Save `tensors` as a model of the host, with the generation config of `model`."""
-    config = AutoConfig.for_model(host.name, **fields)
-    with torch.device("meta"):
-        hosted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    _check_names(set(hosted.state_dict()), set(tensors))
-    hosted.load_state_dict(tensors, assign=True)
-    hosted.tie_weights()
-    hosted.generation_config = model.generation_config
-    hosted.save_pretrained(folder, max_shard_size=max_shard_size)
-
-
-def _check_names(wanted: set[str], given: set[str]) -> None:
-    if wanted != given:
-        raise ArtifactError(
-            "The tensors are not those of the host.",
-            value=f"missing {sorted(wanted - given)}, left over {sorted(given - wanted)}",
-            rule="every tensor of the host is given, and none besides",
-            remedy="this is a defect of ours: please report it with the model's name",
-        )
-
-
-# Verification
-
-
-def probe(vocab_size: int) -> Tensor:
-    """(sequences, tokens) random token ids, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    size = (PROBE_SEQUENCES, PROBE_TOKENS)
-    return torch.randint(vocab_size, size, generator=generator)
-
-
-def reload_elsewhere(folder: Path, vocab_size: int) -> dict[str, Tensor]:
-    """`logits` and `generated` of a checkpoint in a fresh process without this package.
-
-    Raises:
-        ArtifactError: it cannot be opened, or a tensor is missing or left over.
-    """
-    with TemporaryDirectory() as scratch:
-        out = Path(scratch) / "computed.safetensors"
-        ids = json.dumps(probe(vocab_size).tolist())
-        arguments = [str(folder.absolute()), ids, str(NEW_TOKENS), str(out)]
-        done = subprocess.run(
-            [sys.executable, "-I", reload.__file__, *arguments],
-            env=os.environ | {"HF_MODULES_CACHE": scratch},  # where modelling files are copied to
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise ArtifactError(
-                "The checkpoint does not open in a fresh process.",
-                value=(done.stderr.strip().splitlines() or ["no message"])[-1],
-                rule="AutoModelForCausalLM opens it with every tensor found and none left over",
-                remedy="this is a defect of ours: please report it with the model's name",
-            )
-        return load_file(out)
-
-
-def compare(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float, folder: Path
-) -> None:
-    """Raise `ArtifactError` where the reloaded model's logits or continuation differ."""
-    largest = float(expected["logits"].abs().max())
-    difference = float((expected["logits"] - found["logits"]).abs().max()) / largest
-    same = torch.equal(expected["generated"], found["generated"])
-    print(f"reloaded: largest logit difference {difference:.1e} of the largest logit", flush=True)
-    if not difference <= tolerance or not same:
-        raise ArtifactError(
-            "The reloaded checkpoint does not compute what the model in memory does.",
-            value=f"{folder}: logits differ by {difference:.2e} of the largest, "
-            f"greedy continuation {'equal' if same else 'differs'}",
-            rule=f"at most convert.tolerance={tolerance}, and the same continuation",
-            remedy="this is a defect of ours: please report it with the model's name",
-        )
+def _pad_rows(tensor: Tensor, dim: int, more: int, gated: bool) -> Tensor:
+    """Zeros after the rows along `dim`, after each half of them where they are gate and up."""
+    below = (0, 0) * (-1 - dim) + (0, more)
+    return torch.cat([F.pad(half, below) for half in tensor.chunk(1 + gated, dim)], dim)

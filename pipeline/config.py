@@ -80,7 +80,26 @@ class Growth(Enum):
 class Host(Enum):
     auto = "auto"  # the first that can hold the result, native ones first
     mixtral = "mixtral"
-    sparse_distilled = "sparse_distilled"  # our own modelling file, saved with the checkpoint
+    granitemoe = "granitemoe"
+    granitemoeshared = "granitemoeshared"
+    qwen3_moe = "qwen3_moe"
+    flex_olmo = "flex_olmo"
+    qwen2_moe = "qwen2_moe"
+    glm4_moe = "glm4_moe"
+    dots1 = "dots1"
+    custom = "custom"  # our own modelling file, saved with the checkpoint
+    sparse_distilled = "custom"  # its name before
+
+
+class BudgetBy(Enum):
+    uniform = "uniform"  # every layer as `moe` says
+    kl = "kl"  # what costs the whole model least, at the uniform cost
+
+
+class BudgetVary(Enum):
+    d_ff_expert = "d_ff_expert"  # the budget is then of neurons run per token
+    shared_expert = "shared_expert"  # the same
+    n_experts = "n_experts"  # the budget is then of parameters
 
 
 class Kernel(Enum):
@@ -121,7 +140,7 @@ class ModelConfig:
     """The dense model to convert."""
 
     name: str = MISSING  # for people; a word
-    id: str | None = None  # hub id or local folder; null trains the embedded model
+    id: str | None = None  # hub id, folder or package:<name>/<folder>; null = the embedded model
     revision: str | None = None  # hub commit; required with trust_remote_code
     dtype: Dtype = MISSING  # of the loaded weights; auto = as stored
     device_map: str | None = None  # as transformers takes it
@@ -196,6 +215,16 @@ class DynamicConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """How much each layer gets of what `moe` gives them all together."""
+
+    by: BudgetBy = MISSING
+    vary: BudgetVary = MISSING  # by=kl: the setting of moe in which layers may differ
+    candidates: list[int | float] = MISSING  # by=kl: its values, beside the configured one
+    tokens: int = MISSING  # by=kl: of validation, read for each layer and candidate
+
+
+@dataclass
 class MoEConfig:
     """The sparse layer that takes the place of each dense FFN."""
 
@@ -222,6 +251,7 @@ class MoEConfig:
     host: Host = MISSING  # architecture to export to; fixes the router function
     per_layer: list[LayerMoEConfig] = MISSING
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
 @dataclass
@@ -358,6 +388,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "moe.dynamic.shrink_factor": (0.01, 1),
     "moe.dynamic.min_d_ff": (8, None),
     "moe.dynamic.max_d_ff": (8, None),
+    "moe.budget.tokens": (1, None),
     "train.epochs": (0, None),
     "train.batch_size": (1, None),
     "train.learning_rate": (0, None),
@@ -428,6 +459,8 @@ def validate(cfg: Config) -> None:
             _check_number(key, value)
     _check_moe(cfg.moe)
     _check_per_layer(cfg.moe, cfg.model.layers)
+    if cfg.moe.budget.by is BudgetBy.kl:
+        _check_candidates(cfg.moe)
     if cfg.train.window is not None and cfg.train.data_free:
         raise ConfigError(
             "Layers behind sparse ones cannot be fitted without captured rows.",
@@ -535,6 +568,28 @@ def _check_per_layer(moe: MoEConfig, layers: list[int]) -> None:
                 rule="top_k <= n_experts, in every layer",
                 remedy=f"add top_k:{n_experts} to that entry",
             )
+
+
+def _check_candidates(moe: MoEConfig) -> None:
+    """What can be said of them without the model; the rest in `pipeline.budget`."""
+    name, least = moe.budget.vary.name, 0.0
+    kinds: tuple[type, ...] = (int, float)
+    if moe.budget.vary is BudgetVary.n_experts:
+        kinds = (int,)
+        varied = [other.top_k or 0 for other in moe.per_layer if other.n_experts is None]
+        least = max([moe.top_k, *varied])
+        if moe.routing is Routing.expert_choice:
+            least = moe.capacity_factor
+    for value in moe.budget.candidates:
+        if type(value) not in kinds or value < least:
+            raise ConfigError(
+                f"moe.budget.candidates holds no value of moe.{name}.",
+                value=value,
+                rule=f"values as moe.{name} takes them"
+                + (", as many experts as work on a token or more" if least else ""),
+                remedy="correct moe.budget.candidates, or moe.budget.vary",
+            )
+        _check_number(f"moe.{name}", value)
 
 
 def _check_layers(layers: list[int]) -> None:

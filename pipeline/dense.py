@@ -1,42 +1,35 @@
-"""The dense model: load it, find the FFN of each layer, and replace it.
+"""The dense model: load it, describe it, choose among its layers.
 
-An FFN is proposed by structure: in each layer, outside attention, the outermost module that holds a
-d -> f and an f -> d projection. It is accepted by numbers: a formula over its projections must give
-the module's own output on random weights and input, which also settles which one is the gate and
-what the activation function is. A model on the meta device is described the same way.
+Where its FFNs lie is found in `pipeline/discovery.py`.
 """
 
 import contextlib
-import copy
 import fnmatch
-import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline import modeling, record, workdir
+from pipeline.discovery import find_ffns, text_config
 from pipeline.errors import ConfigError, InputError
-from pipeline.ffn import ACTIVATIONS, DenseFFN
 
 INDEX = "model.safetensors.index.json"
-TOLERANCE = 1e-4
-"""Largest error of a formula in float32, relative to the largest output."""
-
 modeling.register()  # a converted model can be opened here too, with no code of its folder
 
 # Loading
@@ -51,7 +44,9 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a local folder or the hub, in evaluation mode, from safetensors only.
+    """A model from a local folder or the hub, in evaluation mode, from safetensors only.
+
+    A causal LM where its configuration names one, else the model without a head: an encoder.
 
     Args:
         device: where it goes, unless `device_map` spreads it as transformers does.
@@ -62,8 +57,10 @@ def load_model(
     """
     _check_source(source, revision, trust_remote_code)
     with _explained(source):
-        loaded = AutoModelForCausalLM.from_pretrained(
+        config = _config(source, revision, trust_remote_code)
+        loaded = auto_class(config).from_pretrained(
             source,
+            config=config,
             revision=revision,
             dtype=dtype,
             device_map=device_map,
@@ -124,12 +121,10 @@ def inspect(
     """`describe` and the pinned revision, from the configuration alone: no weight is read."""
     _check_source(source, revision, trust_remote_code)
     with _explained(source):
-        config = AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
+        config = _config(source, revision, trust_remote_code)
         with torch.device("meta"):
             stored = config.dtype or torch.float32
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config,
                 dtype=stored if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
@@ -142,22 +137,40 @@ def inspect(
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
     """What a model holds, as JSON values: family, sizes, each layer's FFN, its configuration."""
-    slots = find_ffns(model)
+    slots, text = find_ffns(model), text_config(model)
+    written = json.loads(model.config.to_json_string(use_diff=False))
     return {
         "family": model.config.model_type,
         "d_model": slots[0].d_model,
         "n_layers": len(slots),
-        "vocab_size": model.config.get_text_config().vocab_size,
+        "vocab_size": getattr(text, "vocab_size", None),  # a vision model has none
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": [
             {"index": s.index, "path": s.path, "d_ff": s.d_ff}
             | {"gated": s.formula.gate is not None}
             | {"activation": s.formula.activation, "bias": s.has_bias}
+            | ({"bypassed": list(s.bypassed)} if s.bypassed else {})
             for s in slots
         ],
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "config": {k: v for k, v in written.items() if k != "_name_or_path"},
     }
+
+
+def _config(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(
+        source, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What opens the model: its architecture decides, where the configuration names one."""
+    causal, named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config.architectures
+    if named:
+        is_causal = any(a in causal.values() or a.endswith("ForCausalLM") for a in named)
+    else:
+        is_causal = config.model_type in causal
+    return AutoModelForCausalLM if is_causal else AutoModel
 
 
 def _check_source(source: str, revision: str | None, trust_remote_code: bool) -> None:
@@ -201,81 +214,7 @@ def _explained(source: str) -> Iterator[None]:
         ) from None
 
 
-# Finding
-
-
-@dataclass(frozen=True)
-class Formula:
-    """Which projections of a module make its FFN, by their names in it."""
-
-    up: str
-    down: str
-    gate: str | None
-    activation: str
-    fused: bool = False  # gate and up are the halves of one projection: `gate_first` says which
-    gate_first: bool = True
-
-
-@dataclass(frozen=True)
-class FFNSlot:
-    """The place of one layer's FFN in a model."""
-
-    index: int
-    path: str  # of the module in the model
-    parent: nn.Module
-    formula: Formula
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition(".")[2]
-
-    @property
-    def module(self) -> nn.Module:
-        return getattr(self.parent, self.name)
-
-    @property
-    def d_model(self) -> int:
-        return _weight(self.module, self.formula.down).shape[0]
-
-    @property
-    def d_ff(self) -> int:
-        return _weight(self.module, self.formula.down).shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _weight(self.module, self.formula.down).dtype
-
-    @property
-    def has_bias(self) -> bool:
-        names = {self.formula.up, self.formula.down, self.formula.gate or self.formula.up}
-        return any(_bias(self.module, name) is not None for name in names)
-
-    def weights(self) -> DenseFFN:
-        """The FFN as plain tensors: views of the model's own."""
-        return _apply(self.module, self.formula)
-
-    def replace(self, module: nn.Module) -> None:
-        setattr(self.parent, self.name, module)
-
-
-def find_ffns(model: nn.Module) -> list[FFNSlot]:
-    """The FFN of every layer, in order.
-
-    Raises:
-        InputError: no FFN is found, or no formula gives its numbers; names the layer's class and
-            the projections seen.
-    """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    slots, known = [], {}
-    for index, (path, layer) in enumerate(_layers(model, config.num_hidden_layers)):
-        below = _propose(layer, config.hidden_size)
-        module = layer.get_submodule(below)
-        kind = _kind(module)
-        if kind not in known:
-            known[kind] = _verified_formula(module, layer, config.hidden_size)
-        parent = layer.get_submodule(below.rpartition(".")[0])
-        slots.append(FFNSlot(index, f"{path}.{below}", parent, known[kind]))
-    return slots
+# Choosing layers
 
 
 def select_layers(paths: Sequence[str], which: Iterable[int | str] | None) -> list[int]:
@@ -307,125 +246,9 @@ def select_layers(paths: Sequence[str], which: Iterable[int | str] | None) -> li
 
 
 def path_pattern(paths: Sequence[str]) -> str:
-    """The layers' paths in short: `model.layers.{0..3}.mlp`."""
+    """The layers' paths in short: `model.layers.{0-3}.mlp`, numbered as they are in the model."""
     alike: dict[tuple[str, str], list[int]] = {}
-    for index, path in enumerate(paths):
-        head, _, tail = path.partition(f".{index}.")
-        alike.setdefault((head, tail), []).append(index)
-    return ", ".join(f"{h}.{{{record.spans(indices)}}}.{t}" for (h, t), indices in alike.items())
-
-
-def _kind(module: nn.Module) -> tuple[object, ...]:
-    """Equal for modules that compute the same from weights of the same shapes."""
-    shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-    settings = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-    return type(module), repr(module), shapes, tuple(sorted(settings.items()))
-
-
-def _layers(model: nn.Module, n_layers: int) -> list[tuple[str, nn.Module]]:
-    """The layers and their paths in the model."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return [(f"{path}.{index}", layer) for index, layer in enumerate(module)]
-    raise _refused(model, model, "it has no list of num_hidden_layers layers")
-
-
-def _projections(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of every linear projection below a module."""
-    found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    return {n: (_weight(module, n).shape[0], _weight(module, n).shape[1]) for n in found}
-
-
-def _propose(layer: nn.Module, d_model: int) -> str:
-    """The path of the FFN in its layer."""
-    for path, module in layer.named_modules():  # outermost first
-        if not path or any("attn" in part or "attention" in part for part in path.split(".")):
-            continue
-        shapes = set(_projections(module).values())
-        widens = any(i == d_model for _, i in shapes)
-        narrows = any(o == d_model for o, _ in shapes)
-        if len(_projections(module)) > 1 and widens and narrows:
-            return path
-    raise _refused(layer, layer, "no module outside attention holds an FFN's projections")
-
-
-def _verified_formula(module: nn.Module, layer: nn.Module, d_model: int) -> Formula:
-    """The formula that gives the module's own output, in float32 on the CPU.
-
-    On random weights, large enough that activation functions differ where they bend.
-    """
-    trial = copy.deepcopy(module).to_empty(device="cpu").float().eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in trial.parameters():
-        parameter.data.normal_(std=2 * d_model**-0.5, generator=generator)
-    x = torch.randn(1, 8, d_model, generator=generator)
-    with torch.inference_mode():
-        try:
-            y = trial(x)
-        except TypeError as error:
-            raise _refused(layer, module, f"it takes more than its input ({error})") from None
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            raise _refused(layer, module, "it does not map (tokens, d_model) to the same")
-        candidates = list(_candidates(_projections(trial), d_model))
-        errors = [float((_apply(trial, c)(x) - y).abs().max()) for c in candidates]
-        # The best, not the first that is good enough: the two kinds of gelu are that close.
-        if errors and min(errors) <= TOLERANCE * float(y.abs().max()):
-            return candidates[errors.index(min(errors))]
-    raise _refused(layer, module, "no known formula gives its output")
-
-
-def _candidates(shapes: dict[str, tuple[int, int]], d_model: int) -> Iterator[Formula]:
-    """Every formula that the shapes allow."""
-    for order in itertools.permutations(shapes, len(shapes)):
-        *inner, down = order
-        d_ff = shapes[down][1]
-        widths = [shapes[name] for name in inner]
-        if shapes[down][0] != d_model:
-            continue
-        for act in ACTIVATIONS:
-            if widths == [(d_ff, d_model)]:
-                yield Formula(inner[0], down, None, act)
-            if widths == [(d_ff, d_model)] * 2:
-                yield Formula(inner[1], down, inner[0], act)
-            if widths == [(2 * d_ff, d_model)]:
-                for first in (True, False):
-                    yield Formula(inner[0], down, inner[0], act, fused=True, gate_first=first)
-
-
-def _apply(module: nn.Module, formula: Formula) -> DenseFFN:
-    up, up_bias = _weight(module, formula.up), _bias(module, formula.up)
-    gate = gate_bias = None
-    if formula.fused:
-        halves = up.chunk(2) if formula.gate_first else up.chunk(2)[::-1]
-        gate, up = halves
-        if up_bias is not None:
-            halves = up_bias.chunk(2) if formula.gate_first else up_bias.chunk(2)[::-1]
-            gate_bias, up_bias = halves
-    elif formula.gate is not None:
-        gate, gate_bias = _weight(module, formula.gate), _bias(module, formula.gate)
-    down, down_bias = _weight(module, formula.down), _bias(module, formula.down)
-    return DenseFFN(up, down, gate, up_bias, down_bias, gate_bias, formula.activation)
-
-
-def _weight(module: nn.Module, name: str) -> Tensor:
-    """(out, in), whichever way the projection keeps it."""
-    projection = module.get_submodule(name)
-    weight = projection.get_parameter("weight").data
-    return weight.t() if isinstance(projection, Conv1D) else weight
-
-
-def _bias(module: nn.Module, name: str) -> Tensor | None:
-    bias = module.get_submodule(name).bias
-    return None if bias is None else bias.data  # type: ignore[union-attr, return-value]
-
-
-def _refused(layer: nn.Module, module: nn.Module, why: str) -> InputError:
-    shapes = {n: f"{i} -> {o}" for n, (o, i) in _projections(layer).items()}
-    stacked = {n: tuple(p.shape) for n, p in layer.named_parameters() if p.dim() == 3}
-    return InputError(
-        f"No dense FFN was found in {type(layer).__name__}: {why}.",
-        value=f"{type(module).__name__}; projections {shapes}"
-        + (f"; stacked experts {stacked}: already sparse" if stacked else ""),
-        rule="each layer has one FFN of two or three projections, plain or gated",
-        remedy="use a dense model of a supported family; docs/design.md lists them",
-    )
+    for path in paths:
+        head, number, tail = re.split(r"((?<=\.)\d+)(?=\.|$)", path, maxsplit=1)
+        alike.setdefault((head, tail), []).append(int(number))
+    return ", ".join(f"{h}{{{record.spans(indices)}}}{t}" for (h, t), indices in alike.items())

@@ -21,7 +21,7 @@ from pipeline import corpus, embeddings, workdir
 from pipeline.assembly import set_norms
 from pipeline.config import EvaluateConfig
 from pipeline.controls import OracleMoE, gap_recovery
-from pipeline.dense import find_ffns
+from pipeline.discovery import find_ffns
 from pipeline.embeddings import EmbeddingMatch, compare_embeddings, is_encoder
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.layers import layer_folders, load_layer, read_history

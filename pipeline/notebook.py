@@ -17,7 +17,7 @@ from pipeline.store import LayerReader
 def plan_layers(
     dense_model: PreTrainedModel, cfg: MoEConfig, layers: Sequence[int | str] | None = None
 ) -> dict[int, dict[str, Any]]:
-    """Layer -> what it will be: `layer`, `shape`, `init`, `host`, as the `budget` stage writes it.
+    """Layer -> what it will be: `layer`, `shape`, `init`, `host`, as a uniform budget gives it.
 
     Args:
         layers: indices, or patterns of the FFNs' paths; null = all.

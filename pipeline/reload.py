@@ -1,42 +1,61 @@
 """What a checkpoint computes, run as a script of its own: it imports nothing of this package.
 
 python -I reload.py <checkpoint> <token ids as JSON> <new tokens> <output.safetensors>
+python -I reload.py <checkpoint>    opens it without its weights
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 
 @torch.inference_mode()
 def compute(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[str, torch.Tensor]:
-    """`logits` (sequences, tokens, vocab_size) and `generated` ids, greedy, on the CPU."""
+    """`logits` (sequences, tokens, vocab_size) and `generated` ids, greedy, on the CPU.
+
+    Of an encoder `logits` are the last hidden state, and nothing is generated.
+    """
     ids = ids.to(model.device)
     mask = torch.ones_like(ids)
+    if not model.can_generate():
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return {"logits": hidden.float().cpu(), "generated": ids[:, :0].cpu().contiguous()}
     greedy = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     generated = model.generate(ids, attention_mask=mask, **greedy)  # type: ignore[operator]
     logits = model(input_ids=ids, attention_mask=mask).logits.float()
     return {"logits": logits.cpu(), "generated": generated[:, ids.shape[1] :].cpu().contiguous()}
 
 
-def main(checkpoint: str, ids: str, new_tokens: str, output: str) -> None:
+def opened(checkpoint: str, **how: Any) -> PreTrainedModel:
+    """The model; ends the process where a tensor is missing, left over or of another shape."""
     recorded = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
-    loaded = AutoModelForCausalLM.from_pretrained(
+    encoder = recorded["architectures"] == ["SparseDistilledModel"]
+    loaded = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
         checkpoint,
-        dtype=torch.float32,
         trust_remote_code=recorded["model_type"] == "sparse_distilled",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the info too, and refused below by name
+        **how,
     )
     model, info = loaded  # type: ignore[misc]
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         sys.exit(f"tensors: {wrong}")
-    save_file(compute(model.eval(), torch.tensor(json.loads(ids)), int(new_tokens)), output)
+    return model.eval()
+
+
+def main(checkpoint: str, *computing: str) -> None:
+    if not computing:
+        opened(checkpoint, device_map="meta")
+        return
+    ids, new_tokens, output = computing
+    model = opened(checkpoint, dtype=torch.float32)
+    save_file(compute(model, torch.tensor(json.loads(ids)), int(new_tokens)), output)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from pipeline.activations import record_ffn
 from pipeline.assembly import shared_copy
 from pipeline.capture import Forward
-from pipeline.dense import FFNSlot, find_ffns
+from pipeline.discovery import FFNSlot, find_ffns
 from pipeline.errors import ConfigError
 from pipeline.moe import SparseMoE
 
@@ -55,8 +55,8 @@ def forward_behind(model: PreTrainedModel, sparse: Mapping[int, SparseMoE]) -> F
             gains[k] = gains.get(k) or _gain(model, slots[k], batch[:1])
         with _record_streams(model, slots, layers) as wanted:
             model(input_ids=batch, use_cache=False)
-        ffns = {k: found[k].module for k in layers}
-        with _record_streams(other, found, layers) as streams, record_ffn(ffns) as recorded:
+        own = {k: found[k] for k in layers}
+        with _record_streams(other, found, layers) as streams, record_ffn(own) as recorded:
             other(input_ids=batch, use_cache=False)
         return {k: (x, y + (wanted[k] - streams[k]) / gains[k]) for k, (x, y) in recorded.items()}
 

@@ -22,7 +22,7 @@ from test_start import DYNAMIC
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from pipeline import budget, checkpoint, dense, hosts, reload, workdir
+from pipeline import budget, checkpoint, dense, hosts, proof, workdir
 from pipeline.capture import capture_activations
 from pipeline.config import (
     CaptureConfig,
@@ -40,10 +40,11 @@ from pipeline.config import (
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.experts import start_experts
 from pipeline.ffn import DenseFFN
+from pipeline.hosts.native import EXPERT_WIDTHS
 from pipeline.layers import layer_folders, save_layer
 from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.shape import MoEShape
-from pipeline.stages import convert
+from pipeline.stages import convert as convert_stage
 from pipeline.start import is_exact, start_layer
 from pipeline.store import LayerReader
 
@@ -141,6 +142,8 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes) -> tf.PreTr
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
     return model.to(dtype)
 
 
@@ -192,6 +195,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return prepare(tmp_path_factory.mktemp("prepared"), CASES["llama3-tied-carve"])
 
 
+PROVED = {"llama3-tied-carve", "mistral-bf16-carve", "layers-differ", "expert-choice-bf16"}
+"""Cases that a fresh process opens too, which takes seconds each."""
+
+
+def convert(folders: Folders, proved: bool, max_shard_size: str = "2GB") -> None:
+    source, layers = str(folders.dense), folders.layer_folders()
+    if proved:
+        size = {"max_shard_size": max_shard_size}
+        checkpoint.assemble(source, layers, folders.sparse, device=CPU, **size)
+    else:
+        how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
+        checkpoint.Conversion(source, layers, {}, how).write(folders.sparse, max_shard_size)
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders]:
     """Read-only: a case assembled, once."""
@@ -201,13 +218,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folde
         if name not in done:
             case = CASES[name]
             folders = prepare(tmp_path_factory.mktemp(name), case)
-            checkpoint.assemble(
-                str(folders.dense),
-                folders.layer_folders(),
-                folders.sparse,
-                device=CPU,
-                max_shard_size=case.max_shard_size,
-            )
+            convert(folders, name in PROVED, case.max_shard_size)
             done[name] = folders
         return done[name]
 
@@ -397,7 +408,7 @@ class OwnCase:
     family: str = "Llama"
     changes: dict = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    host: str = "sparse_distilled"
+    host: str = "custom"
 
 
 BOTH = {0: {}, 1: {}}
@@ -453,8 +464,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders]:
     def get(name: str) -> Folders:
         if name not in done:
             folders = prepare_own(tmp_path_factory.mktemp(name), OWN_CASES[name])
-            layers = folders.layer_folders()
-            checkpoint.assemble(str(folders.dense), layers, folders.sparse, device=CPU)
+            convert(folders, name in PROVED)
             done[name] = folders
         return done[name]
 
@@ -462,7 +472,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders]:
 
 
 def continued(model: tf.PreTrainedModel, **changes) -> torch.Tensor:
-    ids = checkpoint.probe(64)
+    ids = proof.probe(64)
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **changes)
 
@@ -470,15 +480,44 @@ def continued(model: tf.PreTrainedModel, **changes) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OWN_CASES)
 def test_assemble_of_what_mixtral_cannot_hold_computes_what_was_trained(name: str, own):
-    """`assemble` has already compared it with a fresh process; here with the layers in memory."""
+    """Opened here, with the modelling file of this package; `PROVED` ones elsewhere too."""
     folders = own(name)
     loaded = dense.load_model(str(folders.sparse), dtype="float32")
-    assert loaded.config.model_type == OWN_CASES[name].host
+    assert loaded.config.model_type == hosts.HOSTS[OWN_CASES[name].host].model_type
     in_memory = checkpoint.convert_to_sparse(load(folders.dense), folders.layers)
     assert difference(load(folders.dense), in_memory) > 0.05
     if OWN_CASES[name].dtype == torch.float32:  # else the layers in memory were not rounded
         assert_equal_logits(loaded, in_memory)
     assert torch.equal(continued(loaded), continued(loaded, use_cache=False))
+
+
+@pytest.mark.slow
+def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(tmp_path: Path):
+    """It opens through `AutoModel`, from files that name it as the base of a larger model."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    config = tf.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    whole = tf.BertForMaskedLM(config)
+    nn.init.normal_(whole.bert.encoder.layer[0].output.dense.bias)
+    whole.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    described = workdir.read_json(tmp_path / "dense/config.json") | {"architectures": ["BertModel"]}
+    workdir.write_json(tmp_path / "dense/config.json", described)
+    model = dense.load_model(str(tmp_path / "dense"))
+    kind = {"activation": "gelu", "gated": False, "bias": True, "d_ff_shared": 8}
+    for k in (0, 1):
+        (tmp_path / f"layer_{k}").mkdir()
+        moe = random_layer(dataclasses.replace(OWN_LAYER, **kind), seed=k)
+        save_layer(moe, tmp_path / f"layer_{k}", {"layer": k, "host": "custom"})
+    layers = layer_folders(tmp_path)
+    checkpoint.assemble(str(tmp_path / "dense"), layers, tmp_path / "sparse", device=CPU)
+    loaded = dense.load_model(str(tmp_path / "sparse"))
+    assert type(loaded).__name__ == "SparseDistilledModel"
+    in_memory = checkpoint.convert_to_sparse(model, tmp_path)
+    ids = proof.probe(64)
+    with torch.no_grad():
+        found, wanted = (m(input_ids=ids).last_hidden_state for m in (loaded, in_memory))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.slow
@@ -505,7 +544,7 @@ def test_reload_elsewhere_writes_nothing_into_the_cache_of_transformers(
     """Its copy of the modelling file is its own: the home may be read-only, or another's too."""
     (tmp_path / "home").write_text("no folder can be made below a file")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    computed = checkpoint.reload_elsewhere(own("mlp-router").sparse, 64)
+    computed = proof.reload_elsewhere(own("mlp-router").sparse, 64)
     assert computed["logits"].isfinite().all()
 
 
@@ -532,7 +571,7 @@ def test_assemble_pads_experts_that_grew_for_mixtral_and_records_their_widths(ow
     model.save_pretrained(folder.parent / "again")
     for place in (folder, folder.parent / "again"):
         recorded = tf.AutoConfig.from_pretrained(place)
-        assert {k: tuple(w) for k, w in getattr(recorded, hosts.EXPERT_WIDTHS).items()} == widths
+        assert {k: tuple(w) for k, w in getattr(recorded, EXPERT_WIDTHS).items()} == widths
     stored = stored_tensors(folder)
     narrow = stored["model.layers.1.block_sparse_moe.experts.0.w1.weight"]
     assert narrow[:16].any() and not narrow[16:].any()
@@ -710,7 +749,7 @@ def test_assemble_refuses_a_family_that_the_layers_host_does_not_hold(tmp_path: 
     folders = Folders(tmp_path / "dense", tmp_path / "layers", tmp_path / "sparse")
     gpt2_with_layers(folders.layers).save_pretrained(folders.dense)
     layers = folders.layer_folders()
-    refused(folders, layers, ConfigError, "it holds llama, mistral, and this is gpt2")
+    refused(folders, layers, ConfigError, "it holds llama, mistral, phi3, and this is gpt2")
 
 
 def test_assemble_refuses_layers_of_another_model(prepared: Folders, tmp_path: Path):
@@ -726,110 +765,16 @@ def test_assemble_refuses_a_damaged_layer(prepared: Folders, tmp_path: Path):
     refused(prepared, layers, ArtifactError, "layer_0")
 
 
-@pytest.mark.parametrize("wrong", ["a tensor too few", "a tensor too many"])
-def test_save_hosted_refuses_other_tensors_than_the_hosts_and_names_them(
-    prepared: Folders, tmp_path: Path, wrong: str
+def test_assemble_refuses_layers_trained_under_another_router_function(
+    prepared: Folders, tmp_path: Path
 ):
-    model, record = load(prepared.dense), dense.describe(load(prepared.dense))
-    shapes = {k: MoEShape(32, 64, 16, 4, 4, "silu", True, False, "softmax_topk") for k in (0, 1)}
-    host = hosts.HOSTS["mixtral"]
-    fields = host.config(record, shapes)
-    with torch.device("meta"):
-        hosted = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(host.name, **fields))
-    tensors = hosted.state_dict()
-    if wrong == "a tensor too few":
-        del tensors["model.norm.weight"]
-    else:
-        tensors["model.norm.bias"] = torch.zeros(32)
-    with pytest.raises(ArtifactError, match=r"(missing|left over) \['model.norm.(weight|bias)'\]"):
-        checkpoint.save_hosted(model, tensors, host, fields, tmp_path / "sparse", "2GB")
-    assert not (tmp_path / "sparse").exists()
-
-
-# The comparison with a fresh process
-
-
-def test_reload_imports_nothing_of_this_package():
-    package = Path(workdir.__file__).parent
-    assert set(workdir.import_closure("pipeline.reload")) == {
-        package / "reload.py",
-        package / "__init__.py",  # by its place; `python -I reload.py` does not see it
-    }
-
-
-def test_compute_continues_greedily_to_its_full_length():
-    """Where the model's own generation config samples, and would end at half of all tokens."""
-    model, ends = tiny("Llama"), list(range(32))
-    model.generation_config = tf.GenerationConfig(**SAMPLING, eos_token_id=ends, pad_token_id=0)
-    ids = checkpoint.probe(64)
-    continued = reload.compute(model, ids, 6)["generated"]
-    assert continued.shape == (checkpoint.PROBE_SEQUENCES, 6)
-    with torch.no_grad():
-        whole = model(input_ids=torch.cat([ids, continued], dim=1)).logits
-    whole[..., ends] = -torch.inf
-    assert torch.equal(whole[:, ids.shape[1] - 1 : -1].argmax(dim=-1), continued)
-
-
-def test_probe_is_always_the_same_and_within_the_vocabulary():
-    assert torch.equal(checkpoint.probe(64), checkpoint.probe(64))
-    assert checkpoint.probe(7).unique().tolist() == list(range(7))
-
-
-def computed(factor: float = 1.0, continued: int = 3) -> dict[str, torch.Tensor]:
-    largest = torch.tensor([[[-4.0, 1.0, 2.0]]])
-    return {"logits": largest * factor, "generated": torch.tensor([[1, continued]])}
-
-
-@pytest.mark.parametrize("factor", [1.0, 1.0009, 0.9991])
-def test_compare_takes_logits_within_the_tolerance(factor: float):
-    checkpoint.compare(computed(), computed(factor), 1e-3, Path("sparse"))
-
-
-@pytest.mark.parametrize("factor", [1.0011, 0.9989, -1.0, float("nan"), float("inf")])
-def test_compare_refuses_logits_over_the_tolerance(factor: float):
-    with pytest.raises(ArtifactError, match="continuation equal") as refusal:
-        checkpoint.compare(computed(), computed(factor), 1e-3, Path("sparse"))
-    assert "sparse: logits differ" in str(refusal.value)
-    assert "convert.tolerance=0.001" in str(refusal.value)
-
-
-def test_compare_refuses_another_continuation_at_equal_logits():
-    with pytest.raises(ArtifactError, match="continuation differs"):
-        checkpoint.compare(computed(), computed(continued=4), 1e-3, Path("sparse"))
-
-
-def remove_a_norm(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.norm.weight"]
-
-
-def remove_an_expert(tensors: dict[str, torch.Tensor]) -> None:
-    for w in ("w1", "w2", "w3"):
-        del tensors[f"model.layers.1.block_sparse_moe.experts.3.{w}.weight"]
-
-
-def add_a_bias(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (remove_a_norm, r"missing_keys': \['model.norm.weight'"),
-        (remove_an_expert, "mismatched_keys': .*model.layers.1.mlp.experts.gate_up_proj"),
-        (add_a_bias, r"unexpected_keys': \['model.layers.0.self_attn.q_proj.bias'"),
-    ],
-)
-def test_reload_elsewhere_refuses_a_checkpoint_with_a_tensor_too_few_or_too_many(
-    converted, tmp_path: Path, change: Callable[[dict], None], named: str
-):
-    folder = tmp_path / "sparse"
-    shutil.copytree(converted("llama3-tied-carve").sparse, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match=named):
-        checkpoint.reload_elsewhere(folder, 64)
+    shutil.copytree(prepared.layers, tmp_path / "layers")
+    path = tmp_path / "layers/layer_1/config.json"
+    record = workdir.read_json(path)
+    record["shape"]["router_function"] = "sigmoid"
+    workdir.write_json(path, record)
+    layers = layer_folders(tmp_path / "layers")
+    refused(prepared, layers, InputError, "layer 0: softmax_topk, layer 1: sigmoid")
 
 
 # The conversion on its own
@@ -875,7 +820,7 @@ def test_convert_alone_publishes_nothing_that_is_over_the_tolerance(
     paths = {"dense": str(prepared.dense), "layers": str(prepared.layers)}
     cfg = ConvertConfig(**paths, output=str(tmp_path / "sparse"), tolerance=-1.0)
     with pytest.raises(ArtifactError, match=r"convert\.tolerance=-1\.0"):
-        convert.run_alone(cfg, RuntimeConfig())
+        convert_stage.run_alone(cfg, RuntimeConfig())
     assert not (tmp_path / "sparse").exists()
 
 
@@ -917,13 +862,13 @@ def test_convert_alone_refuses_what_it_cannot_use_with_exit_3(
 def test_convert_alone_names_the_path_that_is_missing(name: str):
     paths = {"dense": "a", "layers": "b", "output": "c"} | {name: None}
     with pytest.raises(ConfigError, match=f"convert.{name}=null") as refusal:
-        convert.run_alone(ConvertConfig(**paths), RuntimeConfig())
+        convert_stage.run_alone(ConvertConfig(**paths), RuntimeConfig())
     assert refusal.value.remedy == f"add convert.{name}=..."
 
 
 def alone_into(output: Path, layers: Path) -> None:
     cfg = ConvertConfig(dense=str(layers / "dense"), layers=str(layers), output=str(output))
-    convert.run_alone(cfg, RuntimeConfig())
+    convert_stage.run_alone(cfg, RuntimeConfig())
 
 
 @pytest.mark.parametrize("content", ["of a user", "of another stage", "a file"])

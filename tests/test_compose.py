@@ -176,7 +176,13 @@ def test_experiment_seed_is_the_original_in_one_word(
     chosen = select(cfg, wanted)
     assert {key: chosen[key] for key in wanted} == wanted
     layers = [{"d_ff": 8192, "gated": True, "activation": "silu", "bias": False}]
-    record = {"family": "llama", "d_model": 3072, "n_layers": 1, "layers": layers, "config": {}}
+    record = {
+        "family": "llama",
+        "d_model": 3072,
+        "n_layers": 1,
+        "layers": layers,
+        "config": {"attention_bias": False},
+    }
     shape = MoEShape(**budget.uniform(record, cfg.moe, [0])[0]["shape"])
     experts, dense = shape.total_parameters - shape.router_parameters, shape.dense_parameters
     assert experts / dense == total and shape.active_ffn_fraction == active
@@ -215,6 +221,7 @@ def test_every_number_has_a_range_and_every_range_a_number(project: Path):
             compose.load(
                 [
                     "train.router_learning_rate=1",
+                    "train.window=1",
                     "heal.router_learning_rate=1",
                     "runtime.threads=1",
                     "data.max_samples=1",

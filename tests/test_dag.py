@@ -70,6 +70,8 @@ def test_params_cover_every_key_that_a_stage_reads_and_every_key_is_read(
     options = ["enabled=true", "min_d_ff=8", "reallocate_every_n_steps=4"]
     options = [f"moe.dynamic.{option}" for option in options]
     options += ["moe.router=mlp", "moe.balance_bias=true", "moe.init=slice", "heal.tokens=1024"]
+    options += ["moe.budget.by=kl", "moe.budget.vary=n_experts", "moe.n_experts=8"]
+    options += ["moe.budget.candidates=[4,16]"]
     cfg = compose.load(["experiment=pico", *options])
     unread = set(leaves(cfg))
     for name in NAMES[1:]:

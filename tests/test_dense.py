@@ -1,72 +1,44 @@
-"""Every FFN is found by structure and proved by numbers, or refused with what was seen."""
+"""A dense model is loaded or refused, described, and its layers chosen."""
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from pipeline import dense, record
+from pipeline import dense, record, workdir
 from pipeline.errors import ConfigError, InputError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GATED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Gemma", "Gemma2", "Phi3", "Granite")
 PLAIN = {"GPT2": "gelu_tanh", "GPTNeoX": "gelu", "Phi": "gelu_tanh"}
+SPREAD = {"ffn_dim": 48, "word_embed_proj_dim": 32}  # OPT: the FFN is no module of its own
+HEADLESS = {"T5": {"d_ff": 48, "d_kv": 8}, "Bert": {}, "ViT": {}}
 
 
 def tiny(family: str, meta: bool = False, **changes) -> tf.PreTrainedModel:
     torch.manual_seed(0)
     config = getattr(tf, f"{family}Config")(**SMALL | {"intermediate_size": 48} | changes)
+    auto = tf.AutoModel if family in HEADLESS else tf.AutoModelForCausalLM
     with torch.device("meta" if meta else "cpu"):
-        return tf.AutoModelForCausalLM.from_config(config).eval()
+        return auto.from_config(config).eval()
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(torch.arange(3, 19)[None]).logits
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("Llama", {}), ("Phi3", {}), ("GPT2", {}), ("OPT", SPREAD), *HEADLESS.items()],
+)
+def test_a_model_without_weights_is_described_as_one_with_them(family: str, changes: dict):
+    record = dense.describe(tiny(family, **changes))
+    assert dense.describe(tiny(family, meta=True, **changes)) == record
 
 
-class Formula(nn.Module):
-    """The extracted weights, run by our formula."""
-
-    def __init__(self, slot: dense.FFNSlot) -> None:
-        super().__init__()
-        self.ffn = slot.weights()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ffn(x)
-
-
-class Zero(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(x)
-
-
-@pytest.mark.parametrize("family", [*GATED, *PLAIN])
-def test_the_extracted_formula_in_its_place_gives_the_same_logits(family: str):
-    model = tiny(family)
-    before = logits(model)
-    for slot in dense.find_ffns(model):
-        slot.replace(Formula(slot))
-    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", [*GATED, *PLAIN])
-def test_zeros_in_its_place_change_the_logits(family: str):
-    model = tiny(family)
-    before = logits(model)
-    for slot in dense.find_ffns(model):
-        slot.replace(Zero())
-    assert (logits(model) - before).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPT2"])
-def test_a_model_without_weights_is_described_as_one_with_them(family: str):
-    assert dense.describe(tiny(family, meta=True)) == dense.describe(tiny(family))
+def test_a_model_without_a_vocabulary_is_described_without_one():
+    with torch.device("meta"):
+        model = tf.AutoModel.from_config(tf.ViTConfig(num_hidden_layers=1))
+    record = dense.describe(model)
+    assert (record["vocab_size"], record["d_model"]) == (None, 768)
 
 
 @pytest.mark.parametrize(("family", "activation"), PLAIN.items())
@@ -88,96 +60,35 @@ def test_a_record_names_family_widths_and_activation():
     }
 
 
-@pytest.mark.parametrize(
-    ("family", "named"),
-    [("Mixtral", "already sparse"), ("OPT", "fc1"), ("Bloom", "more than its input")],
-)
-def test_what_has_no_dense_ffn_module_is_refused_with_what_was_seen(family: str, named: str):
-    changes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if family == "OPT" else {}
-    with pytest.raises(InputError, match=f"{family}.*(\n.*)*{named}"):
-        dense.find_ffns(tiny(family, **changes))
-
-
-# Layers that differ
-
-
-WIDTHS = (48, 64, 24)
-
-
-def uneven() -> tf.PreTrainedModel:
-    """A Llama whose layers differ in width: no configuration of it says so."""
-    model = tiny("Llama", num_hidden_layers=3)
-    for layer, width in zip(model.model.layers, WIDTHS, strict=True):
-        config = copy.deepcopy(model.config)
-        config.intermediate_size = width
-        layer.mlp = type(layer.mlp)(config)
-    return model
-
-
-def double_wide() -> tf.PreTrainedModel:
-    """Stock layers of two widths: those that reuse keys are twice as wide."""
-    kinds = ["sliding_attention", "full_attention"] * 2
-    sizes = {"num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 8, "layer_types": kinds}
-    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
-    return tiny("Gemma4Text", **sizes, num_kv_shared_layers=2, use_double_wide_mlp=True)
-
-
-def width_of_each(**changes) -> tf.PreTrainedModel:
-    """A family whose configuration has a list of widths."""
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
-    sizes = {"num_hidden_layers": 3, "head_dim": 8, "layer_types": kinds, "laurel_rank": 4}
-    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
-    sizes |= {"intermediate_size": list(WIDTHS), "num_kv_shared_layers": 0}
-    return tiny("Gemma3nText", **sizes | {"activation_sparsity_pattern": [0.0] * 3} | changes)
+def test_a_record_names_what_is_bypassed_where_an_ffn_is_spread_over_modules():
+    record = dense.describe(tiny("OPT", **SPREAD))
+    layer = record["layers"][1]
+    assert layer["path"] == "model.decoder.layers.1.fc2"
+    assert layer["bypassed"] == [f"model.decoder.layers.1.{n}" for n in ("fc1", "activation_fn")]
 
 
 @pytest.mark.parametrize(
-    ("model", "widths", "activation"),
+    ("family", "architecture", "loaded"),
     [
-        (uneven, WIDTHS, "silu"),
-        (double_wide, (48, 48, 96, 96), "gelu_tanh"),
-        (width_of_each, WIDTHS, "gelu_tanh"),
+        ("GPT2", "GPT2LMHeadModel", "GPT2LMHeadModel"),
+        ("GPT2", None, "GPT2LMHeadModel"),
+        ("Bert", "BertModel", "BertModel"),
+        ("Bert", "BertLMHeadModel", "BertLMHeadModel"),
+        ("T5", "T5ForConditionalGeneration", "T5Model"),
+        ("T5", None, "T5Model"),
     ],
 )
-def test_layers_of_unlike_widths_are_each_found(model, widths, activation):
-    dense_model = model()
-    slots, before = dense.find_ffns(dense_model), logits(dense_model)
-    assert tuple(slot.d_ff for slot in slots) == widths
-    assert {slot.d_model for slot in slots} == {32}
-    described = dense.describe(dense_model)["layers"]
-    assert [(f["d_ff"], f["activation"]) for f in described] == [(w, activation) for w in widths]
-    for slot in slots:
-        slot.replace(Formula(slot))
-    torch.testing.assert_close(logits(dense_model), before, rtol=1e-5, atol=1e-5)
-
-
-def test_the_activation_function_is_the_nearest_one_at_every_width():
-    """The two kinds of gelu differ so little that either is good enough in some layers."""
-    model = tiny("Gemma", num_hidden_layers=1)
-    for width in range(8, 72, 8):
-        config = copy.deepcopy(model.config)
-        config.intermediate_size = width
-        for exact, name in ((nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh")):
-            mlp = type(model.model.layers[0].mlp)(config)
-            mlp.act_fn = exact
-            model.model.layers[0].mlp = mlp
-            assert dense.find_ffns(model)[0].formula.activation == name, width
-
-
-def test_layers_of_one_shape_that_compute_otherwise_are_each_proved():
-    model = tiny("Llama", num_hidden_layers=3)
-    model.model.layers[1].mlp.act_fn = nn.ReLU()
-    found = [slot.formula.activation for slot in dense.find_ffns(model)]
-    assert found == ["silu", "relu", "silu"]
-    with pytest.raises(InputError, match="no known formula"):  # its layer 1 keeps a few neurons
-        pattern = {"activation_sparsity_pattern": [0.0, 0.5, 0.0]}
-        dense.find_ffns(width_of_each(intermediate_size=[48] * 3, **pattern))
-
-
-def test_a_slot_has_the_dtype_of_its_weights():
-    model = tiny("Llama")
-    model.model.layers[1].mlp.bfloat16()
-    assert [slot.dtype for slot in dense.find_ffns(model)] == [torch.float32, torch.bfloat16]
+def test_load_model_keeps_the_head_of_a_causal_lm_alone(
+    tmp_path: Path, family: str, architecture: str | None, loaded: str
+):
+    config = tiny(family, meta=True, **HEADLESS.get(family, {})).config
+    getattr(tf, architecture or loaded)(config).save_pretrained(tmp_path)
+    written = workdir.read_json(tmp_path / "config.json") | {
+        "architectures": architecture and [architecture]
+    }
+    workdir.write_json(tmp_path / "config.json", written)
+    assert type(dense.load_model(str(tmp_path))).__name__ == loaded
+    assert dense.inspect(str(tmp_path))["family"] == config.model_type
 
 
 # Choosing layers
@@ -214,6 +125,11 @@ def test_path_pattern_tells_unlike_paths_apart():
     assert dense.path_pattern(PATHS[:1]) == "model.layers.{0}.mlp"
     paths = ["h.0.mlp", "h.1.mlp", "h.2.ffn", "h.3.mlp"]
     assert dense.path_pattern(paths) == "h.{0-1, 3}.mlp, h.{2}.ffn"
+    stacks = [f"{side}.block.{k}.layer.1.wo" for side in ("encoder", "decoder") for k in (0, 1)]
+    expected = "encoder.block.{0-1}.layer.1.wo, decoder.block.{0-1}.layer.1.wo"
+    assert dense.path_pattern(stacks) == expected
+    assert dense.select_layers(stacks, ["decoder.*"]) == [2, 3]
+    assert dense.path_pattern(["ffns.0", "ffns.1"]) == "ffns.{0-1}"
 
 
 def test_layers_that_the_model_lacks_are_refused():

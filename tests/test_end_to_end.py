@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROJECT = Path(__file__).parent.parent
 TRACKED = ("pipeline", "conf", "stages/README.md", "dvc.yaml", "params.yaml", ".dvc/config")
@@ -252,6 +255,30 @@ def test_what_no_native_architecture_holds_comes_with_our_modelling_file(
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "SparseDistilledForCausalLM"
     checkout.run("git checkout -q . && dvc checkout")
+
+
+def test_the_evaluation_harness_gives_our_perplexity_of_what_was_converted(checkout: Checkout):
+    """By the lines of docs/loaders.md, without a network."""
+    document = (PROJECT / "docs" / "loaders.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    (line,) = re.findall(r"^HF_HUB_OFFLINE=1 lm_eval .*$", document, re.MULTILINE)
+    checkout.run(f"python - <<'END'\n{snippet}\nEND")
+    line = line.replace("docs/lm_eval", str(PROJECT / "docs" / "lm_eval"))
+    output = checkout.run(line.replace("lm_eval ", "python -m lm_eval ", 1))
+    (found,) = re.findall(r"byte_perplexity\|↓ *\|([\d.]+)", output)
+    where = checkout.root / "stages/convert"
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    loss, size = 0.0, 0
+    for text in (checkout.root / "heldout.jsonl").read_text().splitlines():
+        text = json.loads(text)["text"]
+        ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
+        with torch.inference_mode():
+            logits = model(input_ids=ids[None, :-1]).logits[0]
+        loss += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        size += len(text.encode())
+    assert float(found) == pytest.approx(math.exp(loss / size), rel=1e-4)
+    (checkout.root / "heldout.jsonl").unlink()
 
 
 def test_layers_are_not_fitted_ahead_to_activations_of_another_configuration(checkout: Checkout):

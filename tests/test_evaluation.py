@@ -16,7 +16,7 @@ import pipeline
 from pipeline import corpus, evaluation, workdir
 from pipeline.config import Codec, EvaluateConfig
 from pipeline.controls import OracleMoE
-from pipeline.dense import find_ffns
+from pipeline.discovery import find_ffns
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.ffn import DenseFFN

@@ -8,7 +8,7 @@ import transformers as tf
 from test_capture import CONFIG
 
 from pipeline.capture import capture_activations
-from pipeline.dense import find_ffns
+from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.layers import save_layer
 from pipeline.moe import SparseMoE

@@ -1,10 +1,11 @@
 """The modelling file of the host `sparse_distilled`, which is saved with every checkpoint of it."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pipeline.modeling.modeling_sparse_distilled import (
     SparseDistilledConfig,
     SparseDistilledForCausalLM,
+    SparseDistilledModel,
 )
 
 
@@ -14,6 +15,8 @@ def register() -> None:
     It also lets `save_pretrained` put the file beside the weights.
     """
     AutoConfig.register(SparseDistilledConfig.model_type, SparseDistilledConfig, exist_ok=True)
+    AutoModel.register(SparseDistilledConfig, SparseDistilledModel, exist_ok=True)
     AutoModelForCausalLM.register(SparseDistilledConfig, SparseDistilledForCausalLM, exist_ok=True)
     SparseDistilledConfig.register_for_auto_class()
+    SparseDistilledModel.register_for_auto_class("AutoModel")
     SparseDistilledForCausalLM.register_for_auto_class("AutoModelForCausalLM")

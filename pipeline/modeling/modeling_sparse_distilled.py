@@ -1,11 +1,14 @@
-"""A dense causal language model in which some or all feed-forward networks (FFNs) are sparse.
+"""A dense transformer in which some or all feed-forward networks (FFNs) are sparse.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
+and `AutoModel` for an encoder, which has no language model's head.
+
 This file lies beside the weights and needs nothing but torch and transformers. transformers builds
 the dense model from `config.dense_config`; a SparseFFN takes the place of each module that
-`config.sparse_layers` names, and every other layer stays dense. Attention, embeddings, loss and
-generation are the dense model's own code (`model.dense`).
+`config.sparse_layers` names, and every other layer stays dense. Where an FFN is spread over several
+modules, it takes the place of the last and those before it do nothing (`bypassed`). Attention,
+embeddings, loss and generation are the dense model's own code (`model.dense`).
 
 A SparseFFN is a router and E experts: y = sum over the experts e that are taken of weight_e(x) *
 expert_e(x); a shared expert, where there is one, adds its own to every token.
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedConfig,
@@ -73,7 +77,8 @@ class SparseDistilledConfig(PreTrainedConfig):
             d_ff_expert, n_experts, top_k, activation, gated, bias, router_function, routing
             (token_choice or expert_choice), capacity_factor (expert choice: experts per token in
             training, on average), router_width (0 = a linear router), balance_bias, expert_widths
-            (null = all have d_ff_expert), d_ff_shared (of the shared expert; 0 = none).
+            (null = all have d_ff_expert), d_ff_shared (of the shared expert; 0 = none); and, where
+            there are any, `bypassed`: paths in the dense model of what lies before it in the FFN.
     """
 
     model_type = "sparse_distilled"
@@ -219,9 +224,10 @@ class SparseFFN(nn.Module):
         return project("down", combine(project(self.inner, x_ND), self.shape))
 
 
-class SparseDistilledForCausalLM(PreTrainedModel, GenerationMixin):
+class SparseDistilledModel(PreTrainedModel):
     """The dense model in `dense`, with a SparseFFN wherever `config.sparse_layers` names one."""
 
+    dense_class: type = AutoModel
     config_class = SparseDistilledConfig
     supports_gradient_checkpointing = True
     # Whatever the dense model supports: it checks for itself.
@@ -230,26 +236,16 @@ class SparseDistilledForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SparseDistilledConfig) -> None:
         super().__init__(config)
-        self.dense = AutoModelForCausalLM.from_config(config.dense_config)
+        self.dense = self.dense_class.from_config(config.dense_config)
         for path, shape in config.sparse_layers.items():
+            for before in shape.get("bypassed", ()):
+                self.dense.set_submodule(before, nn.Identity(), strict=True)
             self.dense.set_submodule(path, SparseFFN(shape), strict=True)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As of the dense model, with whatever else it takes."""
-        return self.dense(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
-        )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        self.dense.generation_config = self.generation_config
-        return self.dense.generate(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the dense model, with whatever it takes."""
+        return self.dense(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.dense.get_input_embeddings()
@@ -262,3 +258,24 @@ class SparseDistilledForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.dense.set_output_embeddings(new_embeddings)
+
+
+class SparseDistilledForCausalLM(SparseDistilledModel, GenerationMixin):
+    """The same of a dense model that predicts tokens."""
+
+    dense_class = AutoModelForCausalLM
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self.dense(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.dense.generation_config = self.generation_config
+        return self.dense.generate(*args, **kwargs)

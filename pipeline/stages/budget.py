@@ -1,39 +1,98 @@
 """Decide each layer's sparse shape and the architecture that will hold it, before any training.
 
-Every layer gets the same share: what `moe` says, resolved against its own d_ff. The host is decided
-here because it fixes the router function that the layers are trained under.
+With moe.budget.by=uniform, the default, every layer gets the same share: what `moe` says, resolved
+against its own d_ff. With kl, layers differ in `moe.budget.vary` as costs the whole model least,
+judged on validation, at no more than the uniform cost. The host is decided here because it fixes
+the router function that the layers are trained under.
 
-Reads:  stages/dense/dense.json
+Reads:  stages/dense/dense.json; by kl also the dense model, stages/tokens (validation) and
+        stages/capture
 Writes: stages/budget/layer_K.json for each of model.layers
-Cost:   nothing
+Cost:   nothing; by kl, for each layer and candidate, an untrained layer and two forward passes over
+        moe.budget.tokens
 Run:    python -m pipeline.stages.budget [key=value ...]
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline import command, workdir
-from pipeline.config import Config, select
-from pipeline.stages import BUDGET, DENSE
+from pipeline import command, runtime, workdir
+from pipeline.config import BudgetBy, Config, select
+from pipeline.stages import BUDGET, CAPTURE, DENSE, TOKENS
 
-PARAMS = ("model.layers", "moe")
+if TYPE_CHECKING:
+    from pipeline.budget import Options
+
+PARAMS = ("seed", "model.id", "model.trust_remote_code", "model.layers", "moe")
+KNOWN = "kl.json"
+"""What an interrupted run has measured, in its work folder."""
 
 
 def run(cfg: Config, published: bool = True) -> Path:
+    judged = cfg.moe.budget.by is BudgetBy.kl
+    inputs = {"dense": workdir.digest(DENSE)} | (_judged_on(cfg.model.layers) if judged else {})
+
     def compute(folder: Path) -> None:
         from pipeline import budget, record
 
-        for layer, content in budget.uniform(record.read(DENSE), cfg.moe, cfg.model.layers).items():
+        described, layers = record.read(DENSE), cfg.model.layers
+        if judged:
+            options = budget.candidates(described, cfg.moe, layers)
+            kls = _measure(cfg, options, folder / KNOWN)
+            plans = budget.by_kl(described, cfg.moe, layers, options, kls)
+        else:
+            plans = budget.uniform(described, cfg.moe, layers)
+        for layer, content in plans.items():
             workdir.write_json(folder / f"layer_{layer}.json", content)
+        (folder / KNOWN).unlink(missing_ok=True)
 
     return workdir.produce(
         BUDGET,
         module="pipeline.stages.budget",
         settings=select(cfg, PARAMS),
-        inputs={"dense": workdir.digest(DENSE)},
+        inputs=inputs,
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
         published=published,
     )
+
+
+def _judged_on(layers: list[int]) -> dict[str, str]:
+    from pipeline.store import LayerReader
+
+    found = {"tokens": workdir.digest(TOKENS)}
+    for k in layers:
+        found[f"store_{k}"] = LayerReader(CAPTURE / f"layer_{k}.zarr").digest()
+        found[f"ffn_{k}"] = workdir.file_digest(CAPTURE / f"ffn_{k}.safetensors")
+    return found
+
+
+def _measure(cfg: Config, options: "Options", known: Path) -> dict[int, dict[str, float]]:
+    from pipeline import corpus, dense, record, sensitivity
+
+    source, revision = record.source(cfg.model, DENSE)
+    model = dense.load_model(
+        source,
+        revision=revision,
+        dtype="float32",
+        device=runtime.pick_device(cfg.runtime),
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+    blocks = corpus.read_blocks(TOKENS, "validation")
+    plans: dict[int, dict[str, Any]] = {
+        k: {name: candidate.plan for name, candidate in of.items()} for k, of in options.items()
+    }
+    with runtime.progress("budget", "candidates") as progress:
+        return sensitivity.measure(
+            model,
+            plans,
+            CAPTURE,
+            blocks[: max(1, cfg.moe.budget.tokens // blocks.shape[1])],
+            known,
+            moe_cfg=cfg.moe,
+            seed=cfg.seed,
+            progress=progress,
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""The proof that a checkpoint is what was converted, at the end of every conversion.
+
+A fresh process that knows nothing of this package opens the folder; no tensor may be missing, left
+over or of another shape, and its logits and greedy continuation must be those of the sparse layers
+in the dense model's place, in memory. Both compute in float32, on equal weights as stored, and one
+after the other, so that one model is in memory at a time.
+
+Where even one does not fit, the logits are left out: every tensor on disk is compared with what it
+was made of, and the fresh process opens the checkpoint without its weights.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline import reload
+from pipeline.errors import ArtifactError
+
+PROBE_SEQUENCES, PROBE_TOKENS, NEW_TOKENS = 2, 32, 16
+
+NEEDED = 1.5
+"""Memory for a model that computes in float32, over the bytes of its weights in float32."""
+
+
+def prove(
+    folder: Path,
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+    in_memory: Callable[[], PreTrainedModel],
+    vocab_size: int,
+    tolerance: float,
+    free: int | None = None,
+) -> None:
+    """Raise `ArtifactError` where the checkpoint in `folder` is not what was converted.
+
+    Args:
+        tensors: gives those that the checkpoint was written from, by name.
+        in_memory: gives the model to compare with; called where it fits.
+        free: bytes of memory that may be used; null = what the system says.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    needed = round(NEEDED * 4 * sum(map(_count, files)))
+    free = free_memory() if free is None else free
+    sizes = f"{needed / 1e9:.2g} GB in float32, {(free or 0) / 1e9:.2g} GB of memory are free"
+    if free is None or needed <= free:
+        print("proof: the logits of a fresh process against those in memory", flush=True)
+        expected = reload.compute(in_memory().float(), probe(vocab_size), NEW_TOKENS)
+        gc.collect()
+        compare(expected, reload_elsewhere(folder, vocab_size), tolerance, folder)
+    else:
+        print(f"proof: every tensor against its source, and no logits ({sizes})", flush=True)
+        compare_tensors(files, tensors())
+        open_elsewhere(folder)
+
+
+def free_memory() -> int | None:
+    """Bytes that can be used without swapping, within a container's limit; null = not known."""
+    known = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = dict(line.split(":") for line in lines)
+        known.append(1024 * int(sizes["MemAvailable"].split()[0]))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+            known.append(int(limit) - used)
+    except (OSError, KeyError):  # another system, or no such group
+        pass
+    return min(known, default=None)
+
+
+def _count(path: Path) -> int:
+    """Values in a file."""
+    with safe_open(path, framework="pt") as file:
+        return sum(
+            torch.Size(file.get_slice(name).get_shape()).numel()
+            for name in file.keys()  # noqa: SIM118
+        )
+
+
+def probe(vocab_size: int) -> Tensor:
+    """(sequences, tokens) random token ids, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    size = (PROBE_SEQUENCES, PROBE_TOKENS)
+    return torch.randint(vocab_size, size, generator=generator)
+
+
+def reload_elsewhere(folder: Path, vocab_size: int) -> dict[str, Tensor]:
+    """`logits` and `generated` of a checkpoint in a fresh process without this package.
+
+    Raises:
+        ArtifactError: it cannot be opened, or a tensor is missing or left over.
+    """
+    with TemporaryDirectory() as scratch:
+        out = Path(scratch) / "computed.safetensors"
+        ids = json.dumps(probe(vocab_size).tolist())
+        _elsewhere(folder, scratch, ids, str(NEW_TOKENS), str(out))
+        return load_file(out)
+
+
+def open_elsewhere(folder: Path) -> None:
+    """Open a checkpoint in a fresh process without its weights; raises as `reload_elsewhere`."""
+    with TemporaryDirectory() as scratch:
+        _elsewhere(folder, scratch)
+
+
+def _elsewhere(folder: Path, scratch: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-I", reload.__file__, str(folder.absolute()), *arguments],
+        env=os.environ | {"HF_MODULES_CACHE": scratch},  # where modelling files are copied to
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ArtifactError(
+            "The checkpoint does not open in a fresh process.",
+            value=(done.stderr.strip().splitlines() or ["no message"])[-1],
+            rule="transformers opens it with every tensor found and none left over",
+            remedy="this is a defect of ours: please report it with the model's name",
+        )
+
+
+def compare(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float, folder: Path
+) -> None:
+    """Raise `ArtifactError` where the reloaded model's logits or continuation differ."""
+    largest = float(expected["logits"].abs().max())
+    difference = float((expected["logits"] - found["logits"]).abs().max()) / largest
+    same = torch.equal(expected["generated"], found["generated"])
+    print(f"reloaded: largest logit difference {difference:.1e} of the largest logit", flush=True)
+    if not difference <= tolerance or not same:
+        raise ArtifactError(
+            "The reloaded checkpoint does not compute what the model in memory does.",
+            value=f"{folder}: logits differ by {difference:.2e} of the largest, "
+            f"greedy continuation {'equal' if same else 'differs'}",
+            rule=f"at most convert.tolerance={tolerance}, and the same continuation",
+            remedy="this is a defect of ours: please report it with the model's name",
+        )
+
+
+def compare_tensors(files: Iterable[Path], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise `ArtifactError` where a tensor on disk is not the one given, bit for bit."""
+    places: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    for name, tensor in tensors:
+        with safe_open(places.pop(name), framework="pt") as file:  # closed, it leaves memory
+            if not torch.equal(file.get_tensor(name), tensor.cpu()):
+                raise _other(f"{name} has other values")
+    if places:
+        raise _other(f"left over {sorted(places)}")
+
+
+def _other(what: str) -> ArtifactError:
+    return ArtifactError(
+        "The checkpoint on disk is not what was written.",
+        value=what,
+        rule="every tensor is there as it was converted, and none besides",
+        remedy="check the disk, remove the folder and convert again",
+    )

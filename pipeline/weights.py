@@ -1,0 +1,192 @@
+"""Weights in safetensors files, one tensor in memory at a time.
+
+A model may be larger than memory: what a conversion leaves alone goes from the dense model's files
+to the sparse checkpoint's tensor by tensor, and a file is written at its full size before its
+first tensor is there.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from pipeline import workdir
+from pipeline.errors import ConfigError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As safetensors spells them."""
+
+
+class Weights(Protocol):
+    """A model's tensors by its own names."""
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor, or its rows from the first up to the second."""
+        ...
+
+
+class Resident:
+    """In memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        return self.tensors[name][slice(*rows) if rows else slice(None)]
+
+
+class Filed:
+    """In safetensors files, opened once and read when they are asked for."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        """`places`: name -> the file, and the name in it."""
+        self.places = places
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        path, inside = self.places[name]
+        with safe_open(path, framework="pt") as file:
+            if rows is None:
+                return file.get_tensor(inside)
+            return file.get_slice(inside)[slice(*rows)]
+
+
+def persistent(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of `model` holds: those that are tied once."""
+    found: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        found.setdefault(id(tensor), name)
+    return {name: tensors[name].detach() for name in found.values()}
+
+
+def find(
+    model: PreTrainedModel, wanted: Mapping[str, Tensor], source: str, revision: str | None
+) -> Filed | str:
+    """Those tensors of `model` in the files of `source`; or why they cannot be told there.
+
+    transformers may rename tensors when it loads them: where the names in the files are not the
+    model's own, but for the prefix of its base model, only a model in memory has them for sure.
+
+    Args:
+        model: a skeleton, on the meta device.
+        wanted: of `persistent(model)`.
+    """
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        return "some of its modules are kept in float32"
+    inside: dict[str, tuple[Path, list[int]]] = {}
+    for path in _files(source, revision):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            inside |= {name: (path, file.get_slice(name).get_shape()) for name in names}
+    prefix, places = f"{model.base_model_prefix}.", {}
+    for name, tensor in wanted.items():
+        named = [n for n in (name, prefix + name, name.removeprefix(prefix)) if n in inside]
+        if not named or inside[named[0]][1] != list(tensor.shape):
+            return f"its files have no {name} of its shape"
+        places[name] = inside[named[0]][0], named[0]
+    twice = sorted((set(model.state_dict()) - set(persistent(model))) & inside.keys())
+    if twice:
+        return f"its files have {', '.join(twice)} too, which is tied to another"
+    return Filed(places)
+
+
+def _files(source: str, revision: str | None) -> list[Path]:
+    """Of a folder or of the hub; none where the model is kept otherwise."""
+
+    def get(name: str) -> Path | None:
+        found = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        return Path(found) if found else None
+
+    single, index = get(SINGLE), get(INDEX)
+    if single or not index:
+        return [single] if single else []
+    names = sorted(set(workdir.read_json(index)["weight_map"].values()))
+    return [path for path in map(get, names) if path]
+
+
+def write(
+    folder: Path,
+    planned: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_size: str,
+) -> None:
+    """Write safetensors files as `save_pretrained` names them, one tensor after the other.
+
+    Args:
+        planned: every tensor of the checkpoint, on the meta device.
+        tensors: all of them, in any order, with the shapes and dtypes of `planned`.
+
+    Raises:
+        ConfigError: `max_shard_size` is no size.
+    """
+    pattern = "model{suffix}.safetensors"
+    try:
+        split = split_torch_state_dict_into_shards(
+            dict(planned), filename_pattern=pattern, max_shard_size=max_shard_size
+        )
+    except ValueError:
+        raise ConfigError(
+            "The files cannot be split by this size.",
+            value=f"convert.max_shard_size={max_shard_size}",
+            rule="a whole number and one of KB, MB, GB, TB",
+            remedy="for example convert.max_shard_size=2GB",
+        ) from None
+    with ExitStack() as opened:
+        places: dict[str, tuple[Any, int]] = {}
+        for filename, names in split.filename_to_tensors.items():
+            file = opened.enter_context((folder / filename).open("wb"))
+            starts = _write_header(file, {name: planned[name] for name in names})
+            places |= {name: (file, start) for name, start in starts.items()}
+        for name, tensor in tensors:
+            file, start = places.pop(name)
+            assert (tensor.shape, tensor.dtype) == (planned[name].shape, planned[name].dtype), name
+            file.seek(start)
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert not places, f"not given: {', '.join(places)}"
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        workdir.write_json(folder / INDEX, index)
+
+
+def _write_header(file: Any, planned: Mapping[str, Tensor]) -> dict[str, int]:
+    """Write it, make the file as large as it will be, and tell where each tensor begins."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):  # aligned
+        start, end = end, end + tensor.itemsize * math.prod(tensor.shape)
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    below = file.tell()
+    file.truncate(below + end)
+    return {name: below + header[name]["data_offsets"][0] for name in planned}

@@ -1,0 +1,53 @@
+"""What a conversion costs is what comes of it."""
+
+from dataclasses import replace
+
+import pytest
+from test_budget import record_of
+
+from pipeline import budget, compose
+from pipeline.config import Codec, Config, Dtype
+from pipeline.cost import cost
+from pipeline.moe import SparseMoE
+from pipeline.shape import MoEShape
+
+RECORD = record_of(64, 64, 64) | {"parameters": 100_000, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    return compose.load([])
+
+
+def costs(cfg: Config, layers: tuple[int, ...] = (0, 1, 2)) -> dict[str, int | float]:
+    return cost(RECORD, budget.uniform(RECORD, cfg.moe, layers), cfg)
+
+
+def test_parameters_are_those_of_the_layers_in_the_ffns_places(cfg):
+    plans = budget.uniform(RECORD, cfg.moe, [0, 2])
+    shape = MoEShape(**plans[0]["shape"])
+    layer = sum(p.numel() for p in SparseMoE(shape).parameters())
+    found = costs(cfg, (0, 2))
+    assert found["parameters"] == 100_000 + 2 * (layer - 3 * 32 * 64)
+    asleep = 3 * 3 * 32 * shape.d_ff_expert  # of the four experts of a layer
+    assert found["parameters_per_token"] == found["parameters"] - 2 * asleep
+    assert found["active_ffn_fraction"] == 0.5
+
+
+def test_the_store_grows_with_tokens_layers_and_dtype_and_shrinks_by_its_codec(cfg):
+    tokens = cfg.data.tokens.train + cfg.data.tokens.validation + cfg.capture.heldout_tokens
+
+    def stored(layers: tuple[int, ...] = (0, 1, 2), **capture: object) -> float:
+        return costs(replace(cfg, capture=replace(cfg.capture, **capture)), layers)["store_bytes"]
+
+    assert stored(codec=Codec.none) == tokens * 3 * 2 * 32 * 2
+    assert stored((1,), codec=Codec.none) * 3 == stored(codec=Codec.none)
+    assert stored(codec=Codec.none, dtype=Dtype.float32) == 2 * stored(codec=Codec.none)
+    assert stored(codec=Codec.compact) < stored(codec=Codec.fast) < stored(codec=Codec.none)
+
+
+def test_training_costs_nothing_without_epochs_and_twice_as_much_for_two(cfg):
+    def flops(epochs: int) -> float:
+        return costs(replace(cfg, train=replace(cfg.train, epochs=epochs)))["training_flops"]
+
+    assert flops(0) == 0 < flops(1) and flops(2) == 2 * flops(1)

@@ -1,0 +1,169 @@
+"""A checkpoint is opened in a fresh process, and refused where it is not what was converted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from test_checkpoint import CASES, SAMPLING, prepare, tiny
+
+from pipeline import proof, reload, weights, workdir
+from pipeline.checkpoint import Conversion
+from pipeline.errors import ArtifactError
+
+
+@pytest.fixture(scope="module")
+def conversion(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """Read-only: of a Llama and its carved layers."""
+    folders = prepare(tmp_path_factory.mktemp("prepared"), CASES["llama3-tied-carve"])
+    how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
+    return Conversion(str(folders.dense), folders.layer_folders(), {}, how)
+
+
+@pytest.fixture(scope="module")
+def written(conversion: Conversion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only: its checkpoint."""
+    folder = tmp_path_factory.mktemp("written") / "sparse"
+    conversion.write(folder, "20KB")
+    return folder
+
+
+def test_reload_imports_nothing_of_this_package():
+    package = Path(workdir.__file__).parent
+    assert set(workdir.import_closure("pipeline.reload")) == {
+        package / "reload.py",
+        package / "__init__.py",  # by its place; `python -I reload.py` does not see it
+    }
+
+
+def test_compute_continues_greedily_to_its_full_length():
+    """Where the model's own generation config samples, and would end at half of all tokens."""
+    model, ends = tiny("Llama"), list(range(32))
+    model.generation_config = tf.GenerationConfig(**SAMPLING, eos_token_id=ends, pad_token_id=0)
+    ids = proof.probe(64)
+    continued = reload.compute(model, ids, 6)["generated"]
+    assert continued.shape == (proof.PROBE_SEQUENCES, 6)
+    with torch.no_grad():
+        whole = model(input_ids=torch.cat([ids, continued], dim=1)).logits
+    whole[..., ends] = -torch.inf
+    assert torch.equal(whole[:, ids.shape[1] - 1 : -1].argmax(dim=-1), continued)
+
+
+def test_probe_is_always_the_same_and_within_the_vocabulary():
+    assert torch.equal(proof.probe(64), proof.probe(64))
+    assert proof.probe(7).unique().tolist() == list(range(7))
+
+
+def computed(factor: float = 1.0, continued: int = 3) -> dict[str, torch.Tensor]:
+    largest = torch.tensor([[[-4.0, 1.0, 2.0]]])
+    return {"logits": largest * factor, "generated": torch.tensor([[1, continued]])}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0009, 0.9991])
+def test_compare_takes_logits_within_the_tolerance(factor: float):
+    proof.compare(computed(), computed(factor), 1e-3, Path("sparse"))
+
+
+@pytest.mark.parametrize("factor", [1.0011, 0.9989, -1.0, float("nan"), float("inf")])
+def test_compare_refuses_logits_over_the_tolerance(factor: float):
+    with pytest.raises(ArtifactError, match="continuation equal") as refusal:
+        proof.compare(computed(), computed(factor), 1e-3, Path("sparse"))
+    assert "sparse: logits differ" in str(refusal.value)
+    assert "convert.tolerance=0.001" in str(refusal.value)
+
+
+def test_compare_refuses_another_continuation_at_equal_logits():
+    with pytest.raises(ArtifactError, match="continuation differs"):
+        proof.compare(computed(), computed(continued=4), 1e-3, Path("sparse"))
+
+
+def remove_a_norm(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def remove_an_expert(tensors: dict[str, torch.Tensor]) -> None:
+    for w in ("w1", "w2", "w3"):
+        del tensors[f"model.layers.1.block_sparse_moe.experts.3.{w}.weight"]
+
+
+def add_a_bias(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "how", "named"),
+    [
+        (remove_a_norm, "reload", r"missing_keys': \['model.norm.weight'"),
+        (remove_an_expert, "open", "mismatched_keys': .*model.layers.1.mlp.experts.gate_up_proj"),
+        (add_a_bias, "open", r"unexpected_keys': \['model.layers.0.self_attn.q_proj.bias'"),
+    ],
+)
+def test_a_fresh_process_refuses_a_checkpoint_with_a_tensor_too_few_or_too_many(
+    conversion: Conversion, tmp_path: Path, change: Callable[[dict], None], how: str, named: str
+):
+    folder = tmp_path / "sparse"
+    conversion.write(folder, "2GB")
+    tensors = load_file(folder / weights.SINGLE)
+    change(tensors)
+    save_file(tensors, folder / weights.SINGLE, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=named):
+        proof.reload_elsewhere(folder, 64) if how == "reload" else proof.open_elsewhere(folder)
+
+
+# How it is proved, and by what
+
+
+def not_called() -> tf.PreTrainedModel:
+    raise AssertionError("the model was built")
+
+
+@pytest.mark.slow
+def test_prove_compares_logits_where_the_model_fits(
+    conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = conversion.put_into(tf.AutoModelForCausalLM.from_pretrained(conversion.source))
+    proof.prove(written, lambda: iter([]), lambda: model.eval(), 64, 1e-4, free=10**9)
+    told = capsys.readouterr().out
+    assert "the logits of a fresh process" in told and "largest logit difference" in told
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] += 0.1
+    with pytest.raises(ArtifactError, match="does not compute what the model in memory does"):
+        proof.prove(written, lambda: iter([]), lambda: model, 64, 1e-4, free=10**9)
+
+
+@pytest.mark.slow
+def test_prove_builds_no_model_where_none_fits_and_says_so(
+    conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
+):
+    needed = 1.5 * 4 * sum(t.numel() for t in conversion.planned().values())
+    proof.prove(written, conversion.tensors, not_called, 64, 1e-4, free=round(needed) - 1)
+    assert "every tensor against its source, and no logits" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="was built"):
+        proof.prove(written, conversion.tensors, not_called, 64, 1e-4, free=round(needed) + 1)
+
+
+@pytest.mark.parametrize("wrong", ["values", "left over"])
+def test_compare_tensors_refuses_other_values_and_tensors_left_over(
+    conversion: Conversion, written: Path, wrong: str
+):
+    files = sorted(written.glob("*.safetensors"))
+    proof.compare_tensors(files, conversion.tensors())
+    tensors = dict(conversion.tensors())
+    if wrong == "values":
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].roll(1)
+    else:
+        del tensors["model.norm.weight"]
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight"):
+        proof.compare_tensors(files, tensors.items())
+
+
+def test_free_memory_is_less_than_the_machine_has():
+    free = proof.free_memory()
+    if not Path("/proc/meminfo").exists():
+        assert free is None
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        assert free and 0 < free < 1024 * int(lines[0].split()[1])
