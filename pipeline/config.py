@@ -88,7 +88,6 @@ class Host(Enum):
     glm4_moe = "glm4_moe"
     dots1 = "dots1"
     custom = "custom"  # our own modelling file, saved with the checkpoint
-    sparse_distilled = "custom"  # its name before
 
 
 class BudgetBy(Enum):

@@ -5,11 +5,12 @@
 
 LOADERS = ("transformers", "lm-evaluation-harness", "llama.cpp", "vLLM", "SGLang")
 
+TESTED = "tested, at the end of every conversion (logits where it fits memory)"
 UNKNOWN_ARCHITECTURE = "cannot: it knows no such architecture"
 
 TRIED: dict[str, dict[str, str]] = {
     "mixtral": {
-        "transformers": "tested, at the end of every conversion",
+        "transformers": TESTED,
         "lm-evaluation-harness": "tested",
         "llama.cpp": "its converter was tested",
     },
@@ -24,5 +25,5 @@ TRIED: dict[str, dict[str, str]] = {
 
 def loaders(host: str) -> dict[str, str]:
     """Loader -> what is known of it with the checkpoints of this host."""
-    known = {"transformers": "tested, at the end of every conversion", **TRIED.get(host, {})}
+    known = {"transformers": TESTED, **TRIED.get(host, {})}
     return {name: known.get(name, "untested") for name in LOADERS}

@@ -104,7 +104,7 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
     tokens = {name: count["tokens"] for name, count in content["tokens"].items()}
     host, good = next(iter(layers.values()))["host"], metrics["good_layers"]
     encoder = "embedding_cosine" in metrics
-    native = host != Host.sparse_distilled.name
+    native = host != Host.custom.name
     settings: dict[str, Any] = dict(content["settings"])
     for manifest in manifests.values():
         settings |= manifest["settings"]

@@ -497,7 +497,7 @@ def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(tm
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
     config = tf.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
-    whole = tf.BertForMaskedLM(config)
+    whole = tf.BertForPreTraining(config)
     nn.init.normal_(whole.bert.encoder.layer[0].output.dense.bias)
     whole.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")

@@ -41,7 +41,9 @@ FEATURES = {
     "ungated-biases": {"gated": False, "bias": True},
     "expert-choice-ungated-biases": EXPERT_CHOICE | {"gated": False, "bias": True},
     "expert-widths": {"expert_widths": (8, 24, 16, 8, 16, 24)},
-    "everything-at-once": {"router_width": 5, "balance_bias": True, "bias": True}
+    "shared-expert": {"d_ff_shared": 8},
+    "shared-expert-ungated-biases": {"d_ff_shared": 8, "gated": False, "bias": True},
+    "everything-at-once": {"router_width": 5, "balance_bias": True, "bias": True, "d_ff_shared": 8}
     | {"expert_widths": (8, 24, 16, 8, 16, 24), "router_function": "sigmoid"},
 } | {name: {"activation": name} for name in ACTIVATIONS}
 
@@ -88,7 +90,7 @@ def test_sparse_ffn_computes_what_was_trained(name: str):
     assert float(found.abs().mean()) > 0.1  # not zeros that are equal
 
 
-@pytest.mark.parametrize("name", ["plain", "balance-bias", "mlp-router", "biases"])
+@pytest.mark.parametrize("name", ["plain", "balance-bias", "mlp-router", "biases", "shared-expert"])
 @torch.inference_mode()
 def test_sparse_ffn_repeats_the_plain_loop_bit_for_bit(name: str):
     moe = trained(dataclasses.replace(PLAIN, **FEATURES[name]))
@@ -106,6 +108,9 @@ def test_sparse_ffn_repeats_the_plain_loop_bit_for_bit(name: str):
         ("plain", "router.weight"),
         ("biases", "gate_up_bias"),
         ("biases", "down_bias"),
+        ("shared-expert", "shared_expert.gate_up_proj"),
+        ("shared-expert", "shared_expert.down_proj"),
+        ("shared-expert-ungated-biases", "shared_expert.up_bias"),
     ],
 )
 @torch.inference_mode()

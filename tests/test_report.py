@@ -663,7 +663,7 @@ def test_model_card_has_a_front_matter_the_figures_and_the_configuration(folder:
 def test_only_a_checkpoint_of_our_own_architecture_asks_for_remote_code(folder: Path, tmp_path):
     given = content()
     for layer in given["layers"].values():
-        layer["host"] = "sparse_distilled"
+        layer["host"] = "custom"
     page, card = written(tmp_path, given), (tmp_path / "README.md").read_text()
     assert card.count('from_pretrained("path/to/this/folder", trust_remote_code=True)') == 2
     assert "stock" not in card and "lets `transformers` run that file" in card

@@ -1,4 +1,4 @@
-"""The modelling file of the host `sparse_distilled`, which is saved with every checkpoint of it."""
+"""The modelling file of the host `custom`, which is saved with every checkpoint of it."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -6,8 +6,9 @@ no conf/, no other stage; each layer's folder records what it needs.
 Reads:  the dense model; stages/train/layer_K, or stages/heal/layer_K where a layer was healed, and
         stages/heal/norms.safetensors where norms were
 Writes: stages/convert: config, safetensors, tokenizer, generation config; the modelling file too
-        where the layers' host is `sparse_distilled`
-Cost:   the dense weights once through memory, and one reload in a fresh process
+        where the layers' host is `custom`
+Cost:   the dense weights from file to file, one tensor in memory at a time; for the proof, where it
+        fits, the sparse model in memory and then again in a fresh process
 Run:    python -m pipeline.stages.convert [key=value ...]
         python -m pipeline.stages.convert convert.dense=<id or folder> convert.layers=<folder> \\
             convert.output=<folder>
