@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
-from pipeline.router import ROUTER_FUNCTIONS, TokenChoice
+from pipeline.router import ROUTER_FUNCTIONS, TokenChoice, choose_experts
 from pipeline.shape import MoEShape
 
 STATIC = "static"
@@ -52,7 +52,8 @@ class OracleMoE(nn.Module):
     """A trained layer whose tokens go where the dense FFN's output is best met.
 
     One expert after the other is added, each time the one that leaves the least error, at the
-    weights that the router gives to those chosen. Runs every expert on every token.
+    weights that the router gives to those chosen; where the router's own choice is better, which
+    several experts fitted together may make it, that one stands. Runs every expert on every token.
     """
 
     def __init__(self, moe: SparseMoE, ffn: DenseFFN) -> None:
@@ -79,26 +80,36 @@ class OracleMoE(nn.Module):
         y_TD, outputs_TED = self.ffn(x_TD), self._outputs(x_TD)
         if self.shape.d_ff_shared:
             y_TD = y_TD - self.moe.shared_expert(x_TD)
-        score, _ = ROUTER_FUNCTIONS[self.shape.router_function]
-        scores_TE = score(logits_TE).to(x_TD.dtype)
-        if self.shape.router_function == "softmax_topk":
-            scores_TE = scores_TE.softmax(dim=-1)
-        weighted_TED = scores_TE[:, :, None] * outputs_TED
-        sum_TD, total_T = torch.zeros_like(y_TD), scores_TE.new_zeros(len(x_TD))
+        function, dtype = self.shape.router_function, x_TD.dtype
+        scores_TE = ROUTER_FUNCTIONS[function][0](logits_TE).to(dtype)
+        sum_TD, empty_T = torch.zeros_like(y_TD), scores_TE.new_zeros(len(x_TD))
+        total_T = empty_T.log() if function == "softmax_topk" else empty_T
         free_TE = torch.ones_like(scores_TE, dtype=torch.bool)
         ids = []
         for _ in range(self.shape.top_k):
-            found_TED = sum_TD[:, None] + weighted_TED
-            if self.shape.router_function != "softmax":  # the weights of those chosen sum to 1
-                found_TED = found_TED / (total_T[:, None] + scores_TE)[:, :, None]
+            if function == "softmax_topk":  # in logarithms: an expert never taken is no 0 / 0
+                share_TE = (scores_TE - total_T[:, None]).sigmoid()
+            elif function == "sigmoid":
+                share_TE = scores_TE / (total_T[:, None] + scores_TE + 1e-20)
+            else:
+                share_TE = scores_TE
+            kept = 0 if function == "softmax" else share_TE[:, :, None] * sum_TD[:, None]
+            found_TED = sum_TD[:, None] - kept + share_TE[:, :, None] * outputs_TED
             error_TE = (found_TED - y_TD[:, None]).square().sum(dim=-1)
             chosen_T = error_TE.masked_fill(~free_TE, torch.inf).argmin(dim=1)
             free_TE[torch.arange(len(x_TD), device=x_TD.device), chosen_T] = False
             rows = chosen_T[:, None]
-            sum_TD = sum_TD + weighted_TED.take_along_dim(rows[:, :, None], dim=1)[:, 0]
-            total_T = total_T + scores_TE.gather(1, rows)[:, 0]
+            sum_TD = found_TED.take_along_dim(rows[:, :, None], dim=1)[:, 0]
+            score_T = scores_TE.gather(1, rows)[:, 0]
+            in_logs = function == "softmax_topk"
+            total_T = total_T.logaddexp(score_T) if in_logs else total_T + score_T
             ids.append(chosen_T)
-        return torch.stack(ids, dim=1)
+        routed = choose_experts(logits_TE, self.shape.top_k, function)
+        weights_TE = routed.weights_TE().to(dtype)
+        routed_TD = torch.bmm(weights_TE[:, None], outputs_TED)[:, 0]
+        errors = [(found - y_TD).square().sum(dim=-1) for found in (sum_TD, routed_TD)]
+        better_T1 = (errors[1] < errors[0])[:, None]
+        return torch.where(better_T1, routed.expert_ids, torch.stack(ids, dim=1))
 
     def _outputs(self, x_TD: Tensor) -> Tensor:
         """(T, E, D): every expert's output."""

@@ -69,8 +69,9 @@ def test_oracle_of_one_expert_is_the_best_there_is(gated_bias, function):
 
 @torch.no_grad()
 def test_oracle_adds_the_expert_that_leaves_the_least_error():
-    """Greedy: the first alone is the best, and the second the best beside it."""
+    """Greedy: the first alone is the best, and the second the best beside it; or the router's."""
     moe, ffn, x = layer(), dense_ffn(), tokens()
+    routed = moe.route(x).expert_ids.sort(dim=1).values.tolist()
     y_hat, routing = OracleMoE(moe, ffn).forward_routed(x)
     y = ffn(x)
     singles = torch.stack([errors(by_ids(moe, x, (e,)), y) for e in range(6)])
@@ -78,9 +79,23 @@ def test_oracle_adds_the_expert_that_leaves_the_least_error():
     for t in range(len(x)):
         first = int(singles[:, t].argmin())
         beside = {ids: e[t] for ids, e in pairs.items() if first in ids}
+        beside[tuple(routed[t])] = pairs[tuple(routed[t])][t]
         assert set(routing.expert_ids[t].tolist()) == set(min(beside, key=lambda i: beside[i]))
         assert errors(y_hat, y)[t] == pytest.approx(float(min(beside.values())), rel=1e-4)
     assert errors(y_hat, y).sum() < errors(moe(x), y).sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("function", ["softmax_topk", "softmax", "sigmoid"])
+def test_oracle_is_no_worse_than_a_router_that_is_certain(function, top_k):
+    """Of experts that it would never take the share is 0 in float32, and no 0 / 0."""
+    moe = layer(replace(SHAPE, top_k=top_k, router_function=function))
+    moe.router.weight.mul_(1000)
+    ffn, x = dense_ffn(), tokens()
+    ours, oracle = errors(moe(x), ffn(x)), errors(OracleMoE(moe, ffn)(x), ffn(x))
+    assert oracle.isfinite().all() and (oracle <= ours * 1.0001 + 1e-9).all()
+    assert oracle.sum() < ours.sum()
 
 
 @torch.no_grad()
