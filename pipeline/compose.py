@@ -25,8 +25,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from pipeline.config import Config, ConvertConfig, RuntimeConfig, leaves, validate
+from pipeline.config import Config, ConvertConfig, RuntimeConfig, leaves
 from pipeline.errors import ConfigError
+from pipeline.rules import validate
 
 CONF, PARAMS = Path("conf"), Path("params.yaml")
 COMPOSE = "python -m pipeline compose"

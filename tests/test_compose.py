@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import budget, compose
-from pipeline.config import RANGES, Config, ConvertConfig, RuntimeConfig, leaves, select
+from pipeline.config import Config, ConvertConfig, RuntimeConfig, leaves, select
 from pipeline.errors import ConfigError
+from pipeline.rules import RANGES
 from pipeline.shape import MoEShape
 
 PROJECT = Path(__file__).parent.parent
