@@ -205,25 +205,31 @@ def rows_of(bench: Bench, recipe: Recipe, done: set[tuple[Any, ...]]) -> Iterabl
         ways["static"] = (plain, pruned, compose.load(bench.overrides))
     for name, (kind, wanted, how) in ways.items():
         known = {**kind, "active_ffn_fraction": active, "seed": bench.seed}
-        regimes = [FREE, LAYER_WISE, *[HEALED] * (recipe.healed and name == "ours")]
-        if {key({**known, "regime": regime}) for regime in regimes} <= done:
+        steps = [(FREE, known["control"]), (LAYER_WISE, known["control"])]
+        if name == "ours":
+            steps += [(LAYER_WISE, "oracle"), *[(HEALED, None)] * recipe.healed]
+        left = [step for step in steps if key(_row(known, *step)) not in done]
+        if not left:
             continue
         with TemporaryDirectory() as temporary:
             folder, began = Path(temporary), time.monotonic()
+            starts, trained = bench.start(wanted, how), {}
+            for regime, control in left:
+                judged: tuple[Any, ...] = (starts,)
+                if regime != FREE:
+                    trained = trained or bench.train(wanted, how, folder / name, starts)
+                    judged = (trained,)
+                if control == "oracle":
+                    ffns = {k: bench.ffn(k) for k in trained}
+                    judged = ({k: controls.OracleMoE(m, ffns[k]) for k, m in trained.items()},)
+                elif regime == HEALED:
+                    judged = bench.heal(folder / name, folder / "healed")
+                found = _row(known, regime, control) | bench.judge(*judged)
+                yield {**found, "seconds": round(time.monotonic() - began)}
 
-            def row(regime: str, judged: Mapping[str, Any]) -> dict[str, Any]:
-                seconds = round(time.monotonic() - began)  # noqa: B023
-                return {**known, "regime": regime, **judged, "seconds": seconds}  # noqa: B023
 
-            starts = bench.start(wanted, how)
-            yield row(FREE, bench.judge(starts))
-            trained = bench.train(wanted, how, folder / name, starts)
-            yield row(LAYER_WISE, bench.judge(trained))
-            if name == "ours":
-                oracle = {k: controls.OracleMoE(m, bench.ffn(k)) for k, m in trained.items()}
-                yield {**row(LAYER_WISE, bench.judge(oracle)), "control": "oracle"}
-            if HEALED in regimes:
-                yield row(HEALED, bench.judge(*bench.heal(folder / name, folder / "healed")))
+def _row(known: Mapping[str, Any], regime: str, control: str | None) -> dict[str, Any]:
+    return {**known, "regime": regime, "control": control}
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,0 +1,79 @@
+"""Capture beside the bare forward pass over the same batches, in the same precision.
+
+The model is a Llama of random weights; its activations are compressed and written durably, shard by
+shard. Two widths, and twice the tokens.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks import measure
+from benchmarks.measure import Row
+from pipeline import compose
+from pipeline.capture import capture_activations
+from pipeline.config import CaptureConfig, Codec
+
+SEQUENCE = 256
+LAYERS = 4
+GOALS = {Codec.fast: "<= 1.15", Codec.compact: "<= 1.3", Codec.none: ""}
+SIZES = ((1024, 4096, torch.float32), (1024, 8192, torch.bfloat16), (2048, 4096, torch.bfloat16))
+TINY = ((64, 1024, torch.float32),)  # d_model, tokens, dtype of the model
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    cfg = compose.load([]).capture
+    for d_model, tokens, dtype in TINY if quick else SIZES:
+        model = llama(d_model, dtype)
+        blocks = torch.randint(4096, (tokens // SEQUENCE, SEQUENCE))
+        with tempfile.TemporaryDirectory() as name:
+            ways: dict[str, Callable[[], object]] = {
+                codec.name: _capture(model, blocks, Path(name), replace(cfg, codec=codec))
+                for codec in GOALS
+            }
+            ways["forward"] = lambda m=model, b=blocks: forward(m, b, cfg.batch_size)
+            seconds = measure.turns(ways)
+        precision = str(dtype).removeprefix("torch.")
+        for codec, goal in GOALS.items():
+            yield measure.compare(
+                f"capture, {codec.name} codec / the bare forward pass, {precision}",
+                seconds[codec.name],
+                seconds["forward"],
+                size=f"{LAYERS} layers, d {d_model}, d_ff {4 * d_model}, {tokens} tokens",
+                reach=goal if d_model >= 1024 else "",
+            )
+
+
+def llama(d_model: int, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=max(1, d_model // 64),
+        num_key_value_heads=max(1, d_model // 256),
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def _capture(
+    model: PreTrainedModel, blocks: Tensor, folder: Path, cfg: CaptureConfig
+) -> Callable[[], None]:
+    def run() -> None:
+        shutil.rmtree(folder / cfg.codec.name, ignore_errors=True)
+        capture_activations(model, {"train": blocks}, folder / cfg.codec.name, cfg=cfg)
+
+    return run
+
+
+@torch.inference_mode()
+def forward(model: PreTrainedModel, blocks: Tensor, batch_size: int) -> None:
+    for batch in blocks.split(batch_size):
+        model(input_ids=batch, use_cache=False)

@@ -1,0 +1,143 @@
+"""The assembly of a checkpoint beside a copy of the same bytes, and what memory it takes.
+
+A Llama of random weights in several shards, and layers of four experts of a quarter, one per token:
+as many bytes out as in. The assembly reads the dense model and the layers, writes the checkpoint
+and proves it tensor by tensor, as for a model larger than memory. The copy is made durable too.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from benchmarks import measure
+from benchmarks.measure import Row
+from pipeline import checkpoint, proof
+from pipeline.layers import save_layer
+from pipeline.moe import SparseMoE
+from pipeline.shape import MoEShape
+
+SIZES = ((1024, 12), (1024, 24))  # d_model, layers
+TINY = ((64, 2),)
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    for d_model, n_layers in TINY if quick else SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            yield from _rows(Path(name), d_model, n_layers)
+
+
+def _rows(folder: Path, d_model: int, n_layers: int) -> Iterator[Row]:
+    make(folder, d_model, n_layers)
+    assemble(folder)
+    made = sum(p.stat().st_size for p in (folder / "sparse").glob("*.safetensors")) / 1e9
+    size = f"{n_layers} layers, d {d_model}, {made:.2g} GB"
+    seconds = measure.turns(
+        {"ours": lambda: assemble(folder), "copy": lambda: copy(folder / "sparse", folder / "copy")}
+    )
+    yield measure.compare(
+        "conversion, assembled and proved / a durable copy of its bytes",
+        seconds["ours"],
+        seconds["copy"],
+        size=size,
+        reach="<= 3",
+    )
+    line = [sys.executable, "-m", "benchmarks.conversion", str(folder)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    peak = json.loads(done.stdout.splitlines()[-1])
+    layer = peak["layer"] / 2**30
+    yield Row(
+        "conversion, peak memory / 2 GiB and one layer",
+        size,
+        "GiB",
+        peak["bytes"] / 2**30,
+        2 + layer,
+        peak["bytes"] / 2**30 / (2 + layer),
+        (peak["bytes"] / 2**30 / (2 + layer),) * 2,
+        "<= 1",
+    )
+
+
+def make(folder: Path, d_model: int, n_layers: int) -> None:
+    """A dense checkpoint and its layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=max(1, d_model // 64),
+        num_key_value_heads=max(1, d_model // 256),
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(folder / "dense", max_shard_size="200MB")
+    word = Tokenizer(models.WordLevel({f"w{i}": i for i in range(4096)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=word).save_pretrained(folder / "dense")
+    shape = MoEShape(
+        d_model=d_model,
+        d_ff=4 * d_model,
+        d_ff_expert=d_model,
+        n_experts=4,
+        top_k=1,
+        activation="silu",
+        gated=True,
+        bias=False,
+        router_function="softmax_topk",
+    )
+    for k in range(n_layers):
+        moe = SparseMoE(shape)
+        for parameter in moe.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        (folder / f"layer_{k}").mkdir()
+        save_layer(moe, folder / f"layer_{k}", {"layer": k, "host": "mixtral"})
+
+
+def assemble(folder: Path) -> None:
+    """As `checkpoint.assemble`, where the memory would not hold one model."""
+    shutil.rmtree(folder / "sparse", ignore_errors=True)
+    found = {int(p.name.removeprefix("layer_")): p for p in folder.glob("layer_*")}
+    how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
+    conversion = checkpoint.Conversion(str(folder / "dense"), found, {}, how)
+    conversion.write(folder / "sparse", "200MB")
+
+    def in_memory() -> PreTrainedModel:
+        raise AssertionError("free=0 rules it out")
+
+    vocab_size = conversion.described["vocab_size"]
+    proof.prove(folder / "sparse", conversion.tensors, in_memory, vocab_size, 0.0, free=0)
+
+
+def copy(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def main() -> None:
+    """Assemble what lies in a folder; prints this process's peak and the size of a layer."""
+    folder = Path(sys.argv[1])
+    assemble(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    layer = sum(p.stat().st_size for p in (folder / "layer_0").iterdir())
+    print(json.dumps({"bytes": peak, "layer": layer}))
+
+
+if __name__ == "__main__":
+    main()

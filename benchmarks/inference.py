@@ -1,0 +1,107 @@
+"""The sparse model beside the dense one, both in stock transformers at the same precision.
+
+Random weights: a Llama, and the Mixtrals that a conversion to four experts, one per token, makes
+of it: experts of half the width (50 % active) and of a quarter (25 %). Prefill is one forward pass
+over prompts; decode is greedy generation behind them, prefill left out.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import PreTrainedModel as Model
+
+from benchmarks import measure
+from benchmarks.measure import Row
+
+PROMPT, NEW, LAYERS, VOCAB = 128, 16, 4, 4096
+SIZES = (1024, 2048)  # d_model
+BATCHES = (1, 16)
+ACTIVE = {"50 %": 2, "25 %": 4}  # the dense width over an expert's
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    for d_model in (64,) if quick else SIZES:
+        for dtype in (torch.float32, torch.bfloat16):
+            models = {"dense": _dense(d_model).to(dtype).eval()}
+            for active, parts in ACTIVE.items():
+                models[active] = _sparse(d_model, 4 * d_model // parts).to(dtype).eval()
+            for batch in BATCHES:
+                yield from _rows(models, d_model, dtype, batch)
+
+
+def _rows(models: dict[str, Model], d_model: int, dtype: torch.dtype, batch: int) -> Iterator[Row]:
+    prompt = torch.randint(VOCAB, (batch, PROMPT))
+    prefills = measure.turns({name: _prefill(m, prompt) for name, m in models.items()})
+    decodes = measure.turns({name: _decode(m, prompt) for name, m in models.items()})
+    precision = str(dtype).removeprefix("torch.")
+    for active in ACTIVE:
+        for name, seconds, work in (
+            ("prefill", prefills, batch * PROMPT),
+            ("decode", decodes, batch * NEW),
+        ):
+            asked = name == "prefill" and batch == 16 and active == "25 %" and d_model >= 1024
+            yield measure.compare(
+                f"{name}, {active} active, batch {batch}, {precision} / the dense model",
+                seconds[active],
+                seconds["dense"],
+                size=f"{LAYERS} layers, d {d_model}, d_ff {4 * d_model}",
+                unit="tokens/s",
+                work=work,
+                reach=">= 1.15" if asked else "",
+            )
+
+
+def _dense(d_model: int) -> Model:
+    torch.manual_seed(0)
+    config = LlamaConfig(**_common(d_model), intermediate_size=4 * d_model)
+    return LlamaForCausalLM(config)
+
+
+def _sparse(d_model: int, width: int) -> Model:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **_common(d_model),
+        intermediate_size=width,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        sliding_window=None,
+    )
+    return MixtralForCausalLM(config)
+
+
+def _common(d_model: int) -> dict[str, int]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": d_model,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": max(1, d_model // 64),
+        "num_key_value_heads": max(1, d_model // 256),
+    }
+
+
+def _prefill(model: Model, prompt: torch.Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def run() -> None:
+        model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def _decode(model: Model, prompt: torch.Tensor) -> Callable[[], None]:
+    """Greedy steps behind a prompt that was read before."""
+    with torch.inference_mode():
+        read = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    first = read.logits[:, -1].argmax(-1, keepdim=True)
+    cache = read.past_key_values
+
+    @torch.inference_mode()
+    def run() -> None:
+        if cache.get_seq_length() > PROMPT:
+            cache.crop(PROMPT - cache.get_seq_length())
+        token = first
+        for _ in range(NEW):
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+
+    return run

@@ -1,0 +1,161 @@
+"""The activation store beside zarr's own path, a raw memmap, and the Arrow cache that trainers of
+sparse autoencoders keep.
+
+The rows are normal numbers with a scale of their own per channel, in bfloat16. A read is an epoch:
+every row once, shuffled, in batches. Files are in the page cache. Our writes are made durable
+(fsync), the Arrow cache's are not.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from datasets import Array2D, Dataset, Features
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.measure import Row
+from pipeline import shuffle
+from pipeline.config import Codec
+from pipeline.store import MIX_CHUNKS, LayerReader, LayerWriter
+
+SEQUENCE = 512
+BATCH = 2048
+SHARD_MB, CHUNK_MB = 100.0, 2.0
+SIZES = ((1024, 16384), (3072, 16384), (3072, 32768))  # d_model, tokens
+TINY = ((64, 2048),)
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    for d_model, tokens in TINY if quick else SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            yield from _rows(Path(name), d_model, tokens)
+
+
+def _rows(folder: Path, d_model: int, tokens: int) -> Iterator[Row]:
+    x, y = activations(tokens, d_model, seed=0), activations(tokens, d_model, seed=1)
+    size = f"{tokens} x {d_model}, bf16"
+    raw_mb = (x.nbytes + y.nbytes) / 1e6
+    writes = {
+        codec.name: _writer(folder / codec.name, codec, x, y)
+        for codec in (Codec.compact, Codec.fast, Codec.none)
+    }
+    writes["arrow"] = lambda: write_arrow(folder / "arrow", x, y)
+    seconds = measure.turns(writes)
+    for codec, goal in (("compact", ""), ("fast", ">= 2"), ("none", "")):
+        yield measure.compare(
+            f"store write, {codec} / Arrow cache of the same bytes",
+            seconds[codec],
+            seconds["arrow"],
+            size=size,
+            unit="MB/s",
+            work=raw_mb,
+            reach=goal,
+        )
+    for codec, goal in (("compact", "<= 0.69"), ("fast", "")):
+        taken = sum(p.stat().st_size for p in (folder / codec).rglob("*") if p.is_file()) / 1e6
+        yield Row(
+            f"store size, {codec} / raw", size, "MB", taken, raw_mb, taken / raw_mb,
+            (taken / raw_mb,) * 2, goal,
+        )  # fmt: skip
+    np.stack([_bits(x), _bits(y)]).tofile(folder / "raw")
+    raw = np.memmap(folder / "raw", np.uint16, "r", shape=(2, tokens, d_model))
+    reads: dict[str, Callable[[], object]] = {
+        "compact": lambda: read_ours(folder / "compact"),
+        "none": lambda: read_ours(folder / "none"),
+        "zarr": lambda: read_zarr(folder / "compact", tokens),
+        "memmap": lambda: read_memmap(raw, tokens),
+    }
+    seconds = measure.turns(reads)
+    wide = d_model == 3072
+    for ours, reference, goal in (("compact", "zarr", ">= 2"), ("none", "memmap", ">= 1.0")):
+        yield measure.compare(
+            f"store read, shuffled, checksummed, codec {ours} / {reference}",
+            seconds[ours],
+            seconds[reference],
+            size=size,
+            unit="rows/s",
+            work=tokens,
+            reach=goal if wide else "",
+        )
+
+
+def activations(tokens: int, d_model: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale_D = torch.randn(d_model, generator=generator).exp()
+    return (torch.randn(tokens, d_model, generator=generator) * scale_D).bfloat16()
+
+
+def _writer(path: Path, codec: Codec, x: Tensor, y: Tensor) -> Callable[[], None]:
+    def write() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        writer = LayerWriter.open(
+            path,
+            rows={"train": len(x)},
+            d_model=x.shape[1],
+            dtype=x.dtype,
+            sequence_length=SEQUENCE,
+            codec=codec,
+            shard_mb=SHARD_MB,
+            chunk_mb=CHUNK_MB,
+            attributes={},
+        )
+        for k in range(writer.n_shards["train"]):
+            part = slice(*writer.layout.shard_range("train", k))
+            writer.write_shard("train", k, x[part], y[part])
+
+    return write
+
+
+def write_arrow(path: Path, x: Tensor, y: Tensor) -> None:
+    """As SAELens caches activations: a Dataset of whole sequences, saved to disk."""
+    shutil.rmtree(path, ignore_errors=True)
+    shape = (SEQUENCE, x.shape[1])
+    kind = Array2D(shape=shape, dtype="float16")  # Arrow has no bfloat16: the same bits
+    columns = {
+        name: rows.view(torch.float16).reshape(-1, *shape).numpy()
+        for name, rows in (("input", x), ("output", y))
+    }
+    features = Features(dict.fromkeys(columns, kind))
+    Dataset.from_dict(columns, features=features).save_to_disk(str(path))
+
+
+def read_ours(path: Path) -> None:
+    for _ in LayerReader(path).batches("train", BATCH, seed=0, epoch=0, in_memory=False):
+        pass
+
+
+def read_zarr(path: Path, tokens: int) -> None:
+    """The same chunks in the same order, decoded by zarr and gathered alike."""
+    arrays = [zarr.open_array(str(path / "train" / name), mode="r") for name in ("input", "output")]
+    size = arrays[0].chunks[0]
+    order = shuffle.permutation(-(-tokens // size), 0, 0, "train", "chunks").tolist()
+
+    def windows() -> Iterator[tuple[Tensor, shuffle.Pair]]:
+        for w in range(0, len(order), MIX_CHUNKS):
+            picked = order[w : w + MIX_CHUNKS]
+            pair = tuple(
+                torch.from_numpy(np.concatenate([a[c * size : (c + 1) * size] for c in picked]))
+                for a in arrays
+            )
+            yield shuffle.permutation(len(pair[0]), 0, 0, "train", w), pair
+
+    for _ in shuffle.batches(windows(), BATCH):
+        pass
+
+
+def read_memmap(raw: np.memmap, tokens: int) -> None:
+    """Rows in random order straight out of the page cache; nothing is checked."""
+    arrays = [torch.from_numpy(part.view(np.int16)) for part in np.asarray(raw)]
+    order = shuffle.permutation(tokens, 0, 0)
+    for rows_ in order.split(BATCH):
+        for array in arrays:
+            array.index_select(0, rows_)
+
+
+def _bits(rows_: Tensor) -> np.ndarray:
+    return rows_.view(torch.uint16).numpy()
