@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-demo test-quick check bench bench-quality format clean
+.PHONY: help demo test test-demo test-quick check bench bench-quality docs soak format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,15 +33,24 @@ check: .venv/ready ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: .venv/ready ## the speed table: streaming training against stored activations, in minutes
+bench: .venv/ready ## the speed table: each part beside its reference, in under 20 minutes
 	$(BIN)/python -m benchmarks
+
+soak: .venv/ready ## kill every stage at each of its writes, 200 times at random, and dvc itself
+	$(BIN)/python tests/faults/soak.py --boundaries all
 
 bench-quality: .venv/ready ## the quality table: recipes beside their controls, three seeds, in hours
 	$(BIN)/python -m benchmarks.quality
+
+docs: .venv/ready ## docs/configuration.md, from the schemas
+	$(BIN)/python -m pipeline.reference
 
 format: .venv/ready ## rewrite to the format and fix what lint can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove the environment and all unfinished work; outputs and the DVC cache stay
+clean: .venv/ready ## remove unfinished and outdated work, after asking; outputs stay
+	$(BIN)/python -m pipeline clean
+
+distclean: ## remove the environment, all work and the caches; outputs and the DVC cache stay
 	rm -rf .venv .scratch .pytest_cache .ruff_cache .hypothesis

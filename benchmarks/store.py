@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zarr
-from datasets import Array2D, Dataset, Features
+from datasets import Array2D, Dataset, Features, disable_progress_bars
 from torch import Tensor
 
 from benchmarks import measure
@@ -64,9 +64,10 @@ def _rows(folder: Path, d_model: int, tokens: int) -> Iterator[Row]:
         )  # fmt: skip
     np.stack([_bits(x), _bits(y)]).tofile(folder / "raw")
     raw = np.memmap(folder / "raw", np.uint16, "r", shape=(2, tokens, d_model))
+    readers = {codec: LayerReader(folder / codec) for codec in ("compact", "none")}
     reads: dict[str, Callable[[], object]] = {
-        "compact": lambda: read_ours(folder / "compact"),
-        "none": lambda: read_ours(folder / "none"),
+        "compact": lambda: read_ours(readers["compact"]),
+        "none": lambda: read_ours(readers["none"]),
         "zarr": lambda: read_zarr(folder / "compact", tokens),
         "memmap": lambda: read_memmap(raw, tokens),
     }
@@ -112,20 +113,21 @@ def _writer(path: Path, codec: Codec, x: Tensor, y: Tensor) -> Callable[[], None
 
 
 def write_arrow(path: Path, x: Tensor, y: Tensor) -> None:
-    """As SAELens caches activations: a Dataset of whole sequences, saved to disk."""
+    """As SAELens caches activations: a Dataset of tensors of whole sequences, saved to disk."""
     shutil.rmtree(path, ignore_errors=True)
     shape = (SEQUENCE, x.shape[1])
     kind = Array2D(shape=shape, dtype="float16")  # Arrow has no bfloat16: the same bits
     columns = {
-        name: rows.view(torch.float16).reshape(-1, *shape).numpy()
+        name: rows.view(torch.float16).reshape(-1, *shape)
         for name, rows in (("input", x), ("output", y))
     }
     features = Features(dict.fromkeys(columns, kind))
+    disable_progress_bars()
     Dataset.from_dict(columns, features=features).save_to_disk(str(path))
 
 
-def read_ours(path: Path) -> None:
-    for _ in LayerReader(path).batches("train", BATCH, seed=0, epoch=0, in_memory=False):
+def read_ours(reader: LayerReader) -> None:
+    for _ in reader.batches("train", BATCH, seed=0, epoch=0, in_memory=False):
         pass
 
 

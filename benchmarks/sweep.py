@@ -24,9 +24,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import measure, streaming
+from benchmarks.activations import LAYERS, llama
 from benchmarks.measure import Row
 from benchmarks.streaming import Recipe
 from pipeline import budget, compose, dense, runtime
@@ -36,7 +36,7 @@ from pipeline.ffn import DenseFFN
 from pipeline.store import LayerReader
 from pipeline.training import step
 
-CONFIGURATIONS, EPOCHS, SEQUENCE, LAYERS = 8, 3, 256, 4
+CONFIGURATIONS, EPOCHS, SEQUENCE = 8, 3, 256
 SIZES = ((256, 4), (512, 4))  # d_model, steps of an epoch
 TINY = ((32, 2),)
 ACTIVE = {"25 %": (1, ">= 1.8"), "50 %": (2, ">= 1.4")}  # experts of a quarter run per token, goal
@@ -79,7 +79,7 @@ class Sweep:
         self.cfg.capture.codec = compose.load([]).capture.codec
         self.folder, self.steps, self.d_model = folder, steps, d_model
         self.device = torch.device("cpu")
-        self.model = llama(d_model)
+        self.model = llama(d_model, torch.float32)
         self.blocks = text(steps * self.cfg.train.batch_size, seed=1)
         few = {"validation": text(self.cfg.train.batch_size, seed=2)}
         capture_activations(self.model, few, folder / "starts", cfg=self.cfg.capture)
@@ -162,20 +162,6 @@ class Sweep:
                 f"sweep, {active} active, {way}: the cost formula / measured",
                 size, "s", formula, true, ratio, (ratio, ratio),
             )  # fmt: skip
-
-
-def llama(d_model: int) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=d_model,
-        intermediate_size=4 * d_model,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=max(1, d_model // 64),
-        num_key_value_heads=max(1, d_model // 128),
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def text(tokens: int, seed: int) -> torch.Tensor:

@@ -1,179 +1,171 @@
-"""The tools beside the stages.
+"""The tools beside the stages: `python -m pipeline <tool> --help` has examples of each.
 
-python -m pipeline compose                         conf/ -> params.yaml
-python -m pipeline compose --print moe.n_experts=8 the whole configuration with its values
-python -m pipeline inspect HuggingFaceTB/SmolLM2-135M
-python -m pipeline inspect ./my-model --json
-python -m pipeline inspect ./my-model --layers '*.1?.mlp' 0      only some layers
-python -m pipeline verify stages                   re-hash every artefact below a folder
+The stages themselves are `python -m pipeline.stages.<stage>`.
 """
 
 import argparse
-import contextlib
-import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline import command, compose, workdir
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline import command
+
+
+class Tool(NamedTuple):
+    """One tool: its body is `act` of `pipeline.<module>`, called with the arguments in order."""
+
+    summary: str
+    module: str
+    act: str
+    arguments: dict[str, dict[str, Any]]
+    examples: str
+
+
+FLAG = {"action": "store_true"}
+JSON = {**FLAG, "help": "only JSON on stdout"}
+OVERRIDES = {"nargs": "*", "metavar": "key=value", "help": "settings of conf/, as Hydra takes them"}
+
+TOOLS = {
+    "plan": Tool(
+        "what a run will cost, and whether it fits this machine",
+        "plan",
+        "main",
+        {
+            "overrides": OVERRIDES,
+            "--json": JSON,
+            "--measure": {**FLAG, "help": "probe the machine for a second"},
+        },
+        """
+python -m pipeline plan
+python -m pipeline plan model=smollm2-135m data.tokens.train=10000000
+python -m pipeline plan --measure --json capture.store=input""",
+    ),
+    "inspect": Tool(
+        "what a model holds, and what can host its sparse form",
+        "inspection",
+        "inspect",
+        {
+            "model": {"help": "hub id or local folder"},
+            "--revision": {"help": "commit of the hub"},
+            "--json": JSON,
+            "--layers": {
+                "nargs": "+",
+                "metavar": "K|PATTERN",
+                "help": "indices, or patterns over the FFNs' paths",
+            },
+        },
+        """
+python -m pipeline inspect HuggingFaceTB/SmolLM2-135M
+python -m pipeline inspect ./my-model --json
+python -m pipeline inspect ./my-model --layers '*.1?.mlp' 0""",
+    ),
+    "compose": Tool(
+        "write params.yaml from conf/, or print it",
+        "compose",
+        "write",
+        {
+            "overrides": OVERRIDES,
+            "--print": {**FLAG, "help": "to stdout; params.yaml stays"},
+        },
+        """
+python -m pipeline compose
+python -m pipeline compose --print moe.n_experts=8""",
+    ),
+    "prefill": Tool(
+        "fit layers at once, by one of Hydra's launchers",
+        "prefill",
+        "main",
+        {"overrides": {**OVERRIDES, "metavar": "-m layer=K,L key=value"}},
+        """
+python -m pipeline prefill layer=0
+python -m pipeline prefill -m layer=0,1,2,3 hydra/launcher=joblib
+python -m pipeline prefill -m layer=0,1,2,3 hydra/launcher=submitit_slurm moe.n_experts=8""",
+    ),
+    "verify": Tool(
+        "re-hash every artefact below a folder",
+        "verify",
+        "verify",
+        {"folder": {"nargs": "?", "type": Path, "default": Path("stages")}},
+        """
+python -m pipeline verify
+python -m pipeline verify ../copied/stages/convert""",
+    ),
+    "clean": Tool(
+        "remove unfinished and outdated work; no output of a stage",
+        "clean",
+        "clean",
+        {
+            "--dry-run": {**FLAG, "help": "only show what would go"},
+            "--yes": {**FLAG, "help": "do not ask"},
+            "--all": {**FLAG, "help": "finished work and measurements too"},
+        },
+        """
+python -m pipeline clean
+python -m pipeline clean --dry-run --all
+python -m pipeline clean --yes""",
+    ),
+    "completion": Tool(
+        "print what lets a shell complete commands and settings",
+        "completion",
+        "main",
+        {
+            "shell": {"choices": ["bash", "zsh"]},
+            "--line": {"help": "print what completes this line instead"},
+        },
+        """
+source <(python -m pipeline completion bash)       in ~/.bashrc
+source <(python -m pipeline completion zsh)        in ~/.zshrc, after compinit
+python -m pipeline completion bash --line 'python -m pipeline compose moe.ho'""",
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of `python -m pipeline`."""
+    how: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
+    examples = [tool.examples.strip().partition("\n")[0] for tool in TOOLS.values()]
+    main_parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description=__doc__,
+        epilog="\n".join(["examples:", *examples]),
+        **how,
+    )
+    main_parser.add_argument("--version", action="version", version=version("sparse-distillation"))
+    tools = main_parser.add_subparsers(required=True, dest="tool", metavar="tool")
+    for name, tool in TOOLS.items():
+        summary = f"{tool.summary[0].upper()}{tool.summary[1:]}."
+        below = tools.add_parser(
+            name,
+            help=tool.summary,
+            description=summary,
+            epilog=f"examples:\n{tool.examples.strip()}",
+            **how,
+        )
+        for argument, options in tool.arguments.items():
+            below.add_argument(argument, **options)
+    return main_parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=version("sparse-distillation"))
-    tools = parser.add_subparsers(required=True, dest="tool", metavar="tool")
+    main_parser = parser()
+    args, flags = main_parser.parse_known_args(argv)
+    tool = TOOLS[args.tool]
+    values = [getattr(args, name.lstrip("-").replace("-", "_")) for name in tool.arguments]
+    if flags and args.tool != "prefill":  # which passes Hydra's flags on
+        main_parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if flags:
+        values = [[*flags, *args.overrides]]
 
-    tool = tools.add_parser("compose", help="write params.yaml from conf/, or print it")
-    tool.add_argument("--print", action="store_true", help="to stdout; params.yaml stays")
-    tool.add_argument("overrides", nargs="*", metavar="key=value")
-    tool.set_defaults(act=lambda a: _compose(a.overrides, a.print))
+    def act() -> None:
+        body: Callable[..., None] = getattr(import_module(f"pipeline.{tool.module}"), tool.act)
+        body(*values)
 
-    tool = tools.add_parser("inspect", help="what a model holds, and what can host its sparse form")
-    tool.add_argument("model", help="hub id or local folder")
-    tool.add_argument("--json", action="store_true", help="only JSON on stdout")
-    tool.add_argument("--revision", help="commit of the hub")
-    tool.add_argument(
-        "--layers", nargs="+", metavar="K|PATTERN", help="indices, or patterns over the FFNs' paths"
-    )
-    tool.set_defaults(act=lambda a: _inspect(a.model, a.revision, a.json, a.layers))
-
-    tool = tools.add_parser("verify", help="re-hash every artefact below a folder")
-    tool.add_argument("folder", nargs="?", type=Path, default=Path("stages"))
-    tool.set_defaults(act=lambda a: _verify(a.folder))
-
-    tool = tools.add_parser("prefill", help="fit layers at once, by one of Hydra's launchers")
-    tool.add_argument("overrides", nargs="*", metavar="-m layer=K,L key=value")
-    tool.set_defaults(act=lambda a: _prefill([*a.flags, *a.overrides]))
-
-    args, args.flags = parser.parse_known_args(argv)
-    if args.flags and args.tool != "prefill":  # which passes Hydra's flags on
-        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
-    command.exit_with(lambda: args.act(args))
-
-
-def _compose(overrides: list[str], to_stdout: bool) -> None:
-    composed = compose.compose(overrides)
-    compose.checked(composed)
-    if to_stdout:
-        print(compose.to_yaml(composed), end="")
-    elif overrides:
-        raise ConfigError(
-            "params.yaml is written without overrides.",
-            value=" ".join(overrides),
-            rule="params.yaml is what conf/ alone composes to",
-            remedy="make the choice in conf/, use `dvc exp run -S`, or add --print",
-        )
-    else:
-        compose.PARAMS.write_text(compose.to_yaml(composed), encoding="utf-8")
-        print(f"wrote {compose.PARAMS}")
-
-
-def _inspect(model: str, revision: str | None, as_json: bool, layers: list[str] | None) -> None:
-    from pipeline import dense, hosts, loaders, record
-
-    described = dense.inspect(record.located(model), revision=revision)
-    paths = [layer["path"] for layer in described["layers"]]
-    which = layers and [int(k) if k.isdecimal() else k for k in layers]
-    described["selected"] = dense.select_layers(paths, which)
-    meant = [described["layers"][k] for k in described["selected"]]
-    described["hosts"] = hosts.explain({**described, "layers": meant})
-    able = [host for host, answer in described["hosts"].items() if answer.startswith("yes")]
-    described["loaders"] = {host: loaders.loaders(host) for host in able}
-    described["cost"] = _cost(described)
-    if as_json:
-        print(json.dumps(described, indent=1, sort_keys=True))
-        return
-    print(f"{model}: {described['family']}, {described['parameters']:,} parameters")
-    print(f"{described['n_layers']} layers, d_model {described['d_model']}, {described['dtype']}")
-    print(f"FFNs: {dense.path_pattern(paths)}")
-    for kind, alike in _alike(described["layers"]).items():
-        print(f"  layers {record.spans(alike)} ({len(alike)}): {kind}")
-    print("hosts of the sparse model:")
-    for host, answer in described["hosts"].items():
-        print(f"  {host}: {answer}")
-        if known := described["loaders"].get(host):
-            print("    " + "; ".join(f"{loader} {how}" for loader, how in known.items()))
-    print("a conversion at the configured settings:")
-    for name, figure in described["cost"].items():
-        print(f"  {name}: {figure if isinstance(figure, str) else format(figure, ',')}")
-    print("\nas an entry of conf/model/:\n" + _conf_entry(model, described), end="")
-
-
-def _cost(described: Mapping[str, Any]) -> dict[str, Any]:
-    """What `cost.cost` says, or under `none` why there is nothing to say."""
-    from pipeline import budget, cost
-
-    if not compose.CONF.is_dir():
-        return {"none": "there is no conf/ here"}
-    cfg = compose.load([])
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # where it names the host
-            plans = budget.uniform(described, cfg.moe, described["selected"])
-    except ConfigError as error:
-        return {"none": f"{error.what} {error.value}"}
-    return cost.cost(described, plans, cfg)
-
-
-def _alike(layers: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Layer indices by what their FFN is."""
-    kinds: dict[str, list[int]] = {}
-    for layer in layers:
-        kind = f"d_ff {layer['d_ff']}, {'gated ' * layer['gated']}{layer['activation']}"
-        kinds.setdefault(kind + ", biases" * layer["bias"], []).append(layer["index"])
-    return kinds
-
-
-def _conf_entry(model: str, described: dict[str, Any]) -> str:
-    entry = {
-        "name": Path(model).name.lower(),
-        "id": model,
-        "revision": described["revision"],
-        "dtype": "auto",
-        "device_map": None,
-        "trust_remote_code": False,
-        "layers": described["selected"],
-        "embedded": None,
-    }
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in entry.items())
-
-
-def _prefill(arguments: list[str]) -> None:
-    from pipeline import prefill
-
-    prefill.main(arguments)
-
-
-def _verify(folder: Path) -> None:
-    manifests = sorted(folder.rglob(workdir.MANIFEST))
-    if not manifests:
-        raise ArtifactError(
-            "There is no artefact to verify.",
-            value=folder.absolute(),
-            rule=f"an artefact is a folder with a {workdir.MANIFEST}",
-            remedy="name a folder that holds artefacts, for example stages",
-        )
-    damaged = []
-    for manifest in manifests:
-        try:
-            workdir.verify(manifest.parent)
-            print(f"ok       {manifest.parent}")
-        except ArtifactError as error:
-            damaged.append(str(error.value))
-            print(f"DAMAGED  {manifest.parent}\n{error}")
-    if damaged:
-        raise ArtifactError(
-            f"{len(damaged)} of {len(manifests)} artefacts are damaged.",
-            value="; ".join(damaged),
-            rule="every file has the digest that its manifest recorded",
-            remedy="remove the damaged folders and run `dvc repro`",
-        )
+    command.exit_with(act)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline import preflight
 from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, InputError
 from pipeline.moe import SparseMoE
@@ -83,6 +84,7 @@ def read_norms(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
+        preflight.let_through(error)
         raise ArtifactError(
             "The healed norms cannot be read.",
             value=f"{path.absolute()}: {error}",

@@ -16,6 +16,7 @@ from pipeline import hosts
 from pipeline.config import BudgetVary, LayerMoEConfig, MoEConfig, Router, Routing
 from pipeline.errors import ConfigError
 from pipeline.record import check_layers
+from pipeline.runtime import tell
 from pipeline.shape import (
     MoEShape,
     check_dynamic,
@@ -42,6 +43,15 @@ def uniform(record: Mapping[str, Any], moe: MoEConfig, layers: Sequence[int]) ->
     """
     check_layers(list(layers), record["n_layers"])
     return _plans(record, moe, {k: _entry(moe, k) for k in sorted(layers)})
+
+
+def shapes(record: Mapping[str, Any], moe: MoEConfig, layers: Sequence[int]) -> dict[int, MoEShape]:
+    """The sizes alone of `uniform`, before any host is asked; raises as it does."""
+    check_layers(list(layers), record["n_layers"])
+    found = {k: _shape(record, moe, k, _entry(moe, k)) for k in sorted(layers)}
+    for shape in found.values():
+        _init(moe, shape)
+    return found
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,7 @@ def _plans(
 ) -> Plans:
     shapes = {k: _shape(record, moe, k, entry) for k, entry in entries.items()}
     host, reason = hosts.choose(moe.host.name, record, shapes)
-    print(f"host: {host.name} ({reason})", flush=True)
+    tell("host", host.name, reason)
     plans = {}
     for layer, shape in shapes.items():
         init = _init(moe, shape)

@@ -1,22 +1,26 @@
 """One dense pass over the tokens: every FFN's input and output into its layer's store.
 
 Shard k of a split is a fixed range of its token stream, so a killed capture is continued shard by
-shard and writing one again changes nothing. One shard of every layer is held in memory at a time:
-`2 x layers x shard_mb`.
+shard and writing one again changes nothing. A shard is compressed and written while the next one is
+computed, so that two of every layer are held in memory: `4 x layers x shard_mb`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pipeline import preflight, volume
 from pipeline.activations import record_ffn
-from pipeline.config import CaptureConfig, Dtype
+from pipeline.config import CaptureConfig, Codec, Dtype, Store
 from pipeline.corpus import check_token_ids
 from pipeline.dense import select_layers
 from pipeline.discovery import FFNSlot, find_ffns
-from pipeline.runtime import Progress, silent
+from pipeline.ffn import DenseFFN
+from pipeline.preflight import size
+from pipeline.progress import Progress, silent
 from pipeline.store import LayerReader, LayerWriter
 
 Forward = Callable[[Tensor, Collection[int]], Mapping[int, tuple[Tensor, Tensor]]]
@@ -49,6 +53,7 @@ def capture_activations(
 
     Raises:
         InputError: the model lacks a layer or a token's embedding, or an activation is not finite.
+        ResourceError: there is no room for it on the disk.
     """
     sequence_length = next(iter(blocks.values())).shape[1]
     slots = find_ffns(model)
@@ -57,13 +62,18 @@ def capture_activations(
         check_token_ids(tokens, model.get_input_embeddings().num_embeddings)  # type: ignore
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or stored_dtype(cfg.dtype, next(model.parameters()).dtype)
+    store = Store.both if forward else cfg.store  # what its outputs are, no dense FFN can say
+    rows = {split: b.numel() for split, b in blocks.items()}
+    ffns = {layer: slots[layer].weights() for layer in chosen}
+    room = {"store": store, "dtype": dtype, "sequence_length": sequence_length}
+    check_room(folder, rows, ffns, cfg, **room)
     writers = {}
-    for layer in chosen:
-        weights = slots[layer].weights()
-        weights.to("cpu", weights.up_proj.dtype).save(folder / f"ffn_{layer}.safetensors")
+    for layer, weights in ffns.items():
+        path = folder / f"ffn_{layer}.safetensors"
+        weights.to("cpu", weights.up_proj.dtype).save(path)
         writers[layer] = LayerWriter.open(
             folder / f"layer_{layer}.zarr",
-            rows={split: b.numel() for split, b in blocks.items()},
+            rows=rows,
             d_model=weights.d_model,
             dtype=dtype,
             sequence_length=sequence_length,
@@ -71,22 +81,81 @@ def capture_activations(
             shard_mb=cfg.shard_mb,
             chunk_mb=cfg.chunk_mb,
             attributes=dict(attributes or {}),
+            outputs_from=path if store is Store.input else None,
         )
     unwritten = list(_unwritten(writers, blocks))
     device = next(model.parameters()).device
     total = sum(b.numel() for b in blocks.values())
     done = total - sum(sequences.numel() for _, _, sequences, _ in unwritten)
     progress(done, total, "")
-    for split, k, sequences, missing in unwritten:
-        run = forward or _forward(model, slots)
-        kept = _run(run, sequences.split(cfg.batch_size), missing, device, dtype)
-        for layer, pairs in kept.items():
-            ffn_input, ffn_output = (torch.cat(side) for side in zip(*pairs, strict=True))
-            missing[layer].write_shard(split, k, ffn_input, ffn_output)
-        done += sequences.numel()
-        progress(done, total, split)
+    run, first = forward or _forward(model, slots), True
+    with ThreadPoolExecutor(1) as thread:  # writes a shard while the next one is computed
+        behind: Future[int] | None = None
+        for split, k, sequences, missing in unwritten:
+            kept = _run(run, sequences.split(cfg.batch_size), missing, device, dtype)
+            if behind:
+                done += behind.result()
+                progress(done, total, split)
+            behind = thread.submit(_write, split, k, kept, missing)
+            if first:  # now the ratio of these very activations is known
+                behind.result()
+                check_room(folder, rows, ffns, cfg, **room)
+                first = False
+        if behind:
+            done += behind.result()
+            progress(done, total, "")
     for layer in chosen:
         LayerReader(folder / f"layer_{layer}.zarr")
+
+
+def check_room(
+    folder: Path,
+    rows: Mapping[str, int],
+    ffns: Mapping[int, DenseFFN],
+    cfg: CaptureConfig,
+    *,
+    store: Store,
+    dtype: torch.dtype,
+    sequence_length: int,
+) -> None:
+    """Refuse a capture that does not fit the disk, less what of it lies in `folder` already.
+
+    At the compression ratio of the shards that are there, or else a usual one (`volume.RATIO`).
+
+    Raises:
+        ResourceError: says how much is needed, and what would make it less.
+    """
+    name, d_model = str(dtype).removeprefix("torch."), next(iter(ffns.values())).d_model
+    there = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+    weights = [t.nbytes for ffn in ffns.values() for t in ffn.tensors().values()]
+    measured = volume.measured_ratios(folder, cfg.codec, name)
+
+    def need(layers: int, share: float = 1.0, *, store: Store = store, codec: Codec) -> int:
+        one = volume.volume(
+            {split: max(1, round(share * n)) for split, n in rows.items()},
+            d_model=d_model,
+            dtype=name,
+            store=store,
+            codec=codec,
+            layout=volume.row_layout(
+                sequence_length, d_model * dtype.itemsize, cfg.chunk_mb, cfg.shard_mb
+            ),
+            ratios=measured if codec is cfg.codec else {},
+        )
+        files = layers * one.files + len(ffns) - len(there)
+        stored = layers * one.bytes + sum(weights) - sum(there)
+        return max(0, stored) + volume.BLOCK * max(0, files)
+
+    codec, n = cfg.codec, len(ffns)
+    levers = {"half of data.tokens.train": need(n, 0.5, codec=codec)}
+    if n > 1:
+        levers["half of model.layers"] = need(n // 2, codec=codec)
+    if store is not Store.input:
+        levers["capture.store=input"] = need(n, store=Store.input, codec=codec)
+    if codec is not Codec.compact:
+        levers["capture.codec=compact"] = need(n, codec=Codec.compact)
+    told = [f"{lever} {size(bytes_)}" for lever, bytes_ in levers.items()]
+    preflight.check_disk("the activations", folder, need(n, codec=codec), told)
 
 
 def _unwritten(
@@ -102,6 +171,21 @@ def _unwritten(
             missing = {layer: w for layer, w in writers.items() if k not in committed[layer]}
             if missing:
                 yield split, k, sequences, missing
+
+
+def _write(
+    split: str,
+    k: int,
+    kept: dict[int, list[tuple[Tensor, Tensor]]],
+    writers: Mapping[int, LayerWriter],
+) -> int:
+    """Shard k of every layer, let go when it is written; returns its tokens."""
+    tokens = 0
+    for layer in list(kept):
+        ffn_input, ffn_output = (torch.cat(side) for side in zip(*kept.pop(layer), strict=True))
+        writers[layer].write_shard(split, k, ffn_input, ffn_output)
+        tokens = len(ffn_input)
+    return tokens
 
 
 def _forward(model: nn.Module, slots: Sequence[FFNSlot]) -> Forward:

@@ -1,7 +1,7 @@
 """What a layer's store has to hold, and the commits that prove that it does.
 
-A commit is written when both arrays of a shard are durable. It records the rows of the shard, and
-size and crc32c of everything that those rows are read by: the two shard files and the `zarr.json`
+A commit is written when every array of a shard is durable. It records the rows of the shard, and
+size and crc32c of everything that those rows are read by: the shard files and the `zarr.json`
 above them. It carries its own checksum. So a store is complete when every shard has a commit, and
 a byte that changes anywhere below it is found.
 
@@ -41,6 +41,12 @@ class Layout:
     codec: Codec
     chunk_rows: int
     shard_rows: int
+    outputs_from: tuple[str, str] | None = None  # file beside a store of inputs alone, SHA-256
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Which of `ARRAYS` it holds."""
+        return ARRAYS if self.outputs_from is None else ARRAYS[:1]
 
     @property
     def row_bytes(self) -> int:
@@ -57,15 +63,17 @@ class Layout:
         return k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows[split])
 
     def shard_files(self, split: str, k: int) -> list[str]:
-        return [f"{split}/{array}/{shard_key(k)}" for array in ARRAYS]
+        return [f"{split}/{array}/{shard_key(k)}" for array in self.arrays]
 
     def metadata_files(self, split: str) -> list[str]:
-        arrays = [f"{split}/{array}/zarr.json" for array in ARRAYS]
+        arrays = [f"{split}/{array}/zarr.json" for array in self.arrays]
         return ["zarr.json", f"{split}/zarr.json", *arrays]
 
     def attributes(self, capture: dict[str, Any]) -> dict[str, Any]:
         """Attributes of the root group; `capture` is the caller's part."""
+        outputs_from = {"outputs_from": list(self.outputs_from)} if self.outputs_from else {}
         return {
+            **outputs_from,
             "format_version": FORMAT_VERSION,
             "logical_dtype": str(self.dtype).removeprefix("torch."),
             "d_model": self.d_model,
@@ -88,6 +96,7 @@ class Layout:
             codec=Codec[found["codec"]],
             chunk_rows=found["chunk_rows"],
             shard_rows=found["shard_rows"],
+            outputs_from=tuple(found["outputs_from"]) if "outputs_from" in found else None,
         )
 
 
@@ -113,13 +122,15 @@ def read_complete(root: Path) -> tuple[Layout, dict[str, Any], dict[Path, Commit
     found = {path: read_commit(path) for path in sorted((root / FOLDER).glob("*.json"))}
     if not found:
         raise damaged(root / FOLDER, "it holds no commit")
-    for commit in found.values():
+    for path, commit in found.items():
+        if "zarr.json" not in commit["objects"]:
+            raise damaged(path, "it does not vouch for zarr.json")
         check_object(root, "zarr.json", commit["objects"]["zarr.json"])
-    attributes = read_json(root / "zarr.json")["attributes"]
-    if attributes["format_version"] != FORMAT_VERSION:
-        raise damaged(root, f"format_version {attributes['format_version']}, not {FORMAT_VERSION}")
-    layout = Layout.from_attributes(attributes)
-    shards = [(split, k) for split in layout.rows for k in range(layout.n_shards(split))]
+    layout, capture = _read_attributes(root)
+    numbers = {split: layout.n_shards(split) for split in layout.rows}
+    if sum(numbers.values()) > 10 * len(found) + 100_000:  # no list is made of what nobody wrote
+        raise damaged(root / "zarr.json", f"{len(found)} shards are there, of {numbers}")
+    shards = [(split, k) for split, n in numbers.items() for k in range(n)]
     expected = {commit_path(root, split, k): (split, k) for split, k in shards}
     for path in sorted(found.keys() | expected.keys()):
         if path not in found:
@@ -129,7 +140,25 @@ def read_complete(root: Path) -> tuple[Layout, dict[str, Any], dict[Path, Commit
         check_commit(path, found[path], layout, *expected[path])
         for key, recorded in found[path]["objects"].items():
             check_object(root, key, recorded, deep=key.endswith("zarr.json"))
-    return layout, attributes["capture"], found
+    return layout, capture, found
+
+
+def _read_attributes(root: Path) -> tuple[Layout, dict[str, Any]]:
+    try:
+        attributes = read_json(root / "zarr.json")["attributes"]
+        version, capture = attributes["format_version"], attributes["capture"]
+        layout = Layout.from_attributes(attributes) if version == FORMAT_VERSION else None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise damaged(root / "zarr.json", f"it describes no store ({error!r})") from None
+    if layout is None:
+        raise damaged(root, f"format_version {version}, not {FORMAT_VERSION}")
+    sizes = [layout.d_model, layout.sequence_length, layout.chunk_rows, layout.shard_rows]
+    rows = list(layout.rows.values()) if isinstance(layout.rows, dict) else [None]
+    if not all(type(n) is int and n > 0 for n in [*sizes, *rows]):
+        raise damaged(root / "zarr.json", "a size in it is none")
+    if layout.shard_rows % layout.chunk_rows:
+        raise damaged(root / "zarr.json", "its shards hold no whole number of chunks")
+    return layout, capture
 
 
 def read_commit(path: Path) -> Commit:
@@ -137,16 +166,33 @@ def read_commit(path: Path) -> Commit:
     commit = read_json(path)
     if not isinstance(commit, dict) or commit.pop("crc32c", None) != _checksum(commit):
         raise damaged(path, "it does not match its own checksum")
+    objects = commit.get("objects")
+    if not isinstance(objects, dict) or not all(map(_is_described, objects.values())):
+        raise damaged(path, "it does not say what its files hold")
     return commit
+
+
+def _is_described(recorded: Any) -> bool:
+    """Whether an entry has the size and the checksums of a file."""
+    if not isinstance(recorded, dict):
+        return False
+    chunks = recorded.get("chunks", [])
+    numbers = [recorded.get("size"), recorded.get("crc32c")]
+    sums = [crc for crc in chunks if crc is not None] if isinstance(chunks, list) else [None]
+    return all(type(n) is int and n >= 0 for n in [*numbers, *sums])
 
 
 def check_commit(path: Path, commit: Commit, layout: Layout, split: str, k: int) -> None:
     """Refuse a commit that is not that of shard k of `split`."""
     expected = _identity(layout, split, k)
     files = [*layout.metadata_files(split), *layout.shard_files(split, k)]
-    found = {key: commit[key] for key in expected}
+    found = {key: commit.get(key) for key in expected}
     if found != expected or commit["objects"].keys() != set(files):
         raise damaged(path, f"it commits {found}, where {expected} was expected")
+    chunks = layout.shard_rows // layout.chunk_rows
+    for key in layout.shard_files(split, k):
+        if len(commit["objects"][key].get("chunks", [])) != chunks:
+            raise damaged(path, f"it does not say what the {chunks} chunks of {key} hold")
 
 
 def check_object(root: Path, key: str, recorded: Commit, *, deep: bool = True) -> None:

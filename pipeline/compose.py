@@ -11,7 +11,6 @@ DVC composes `conf/` without importing this package, so `conf/` stays plain YAML
 schema here.
 """
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -19,17 +18,16 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from pipeline import refusals
 from pipeline.config import Config, ConvertConfig, RuntimeConfig, leaves
 from pipeline.errors import ConfigError
-from pipeline.rules import validate
+from pipeline.rules import check_numbers, validate
 
 CONF, PARAMS = Path("conf"), Path("params.yaml")
+RESOLVED = re.compile(r"\$\{.*:", re.DOTALL)
+"""An interpolation that calls a resolver, whose name may be put together: `${oc.env:X}`."""
 COMPOSE = "python -m pipeline compose"
 
 
@@ -43,7 +41,9 @@ def load(overrides: list[str]) -> Config:
             rule="under DVC the configuration is params.yaml",
             remedy="change conf/ and run `python -m pipeline compose`, or use `dvc exp run -S`",
         )
-    return checked(compose(overrides) if overrides else read_params())
+    if overrides:
+        return checked(compose(overrides), f"of {CONF.absolute()} and the command line")
+    return checked(read_params(), f"in {PARAMS.absolute()}")
 
 
 def read_params() -> DictConfig:
@@ -57,14 +57,10 @@ def read_params() -> DictConfig:
             rule="commands run in the project's root",
             remedy=f"change to the project's folder, or run `{COMPOSE}` there",
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            "params.yaml is not YAML.",
-            value=str(error).replace("\n", " "),
-            rule="params.yaml is what conf/ composes to",
-            remedy=f"run `{COMPOSE}`",
-        ) from None
-    assert isinstance(read, DictConfig)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise _no_yaml(error, PARAMS) from None
+    if not isinstance(read, DictConfig):
+        raise _no_yaml(TypeError("it is no mapping of settings"), PARAMS)
     return read
 
 
@@ -81,35 +77,42 @@ def compose(overrides: list[str], config_name: str = "config") -> DictConfig:
             rule="overrides are composed with conf/",
             remedy="change to the project's folder",
         )
+    refusals.check_overrides(overrides, CONF)
     try:
         with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
             composed = hydra_compose(config_name, overrides)
             _refuse_code_and_secrets(OmegaConf.to_container(composed, resolve=False))
             OmegaConf.resolve(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _no_yaml(error, CONF) from None
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         raise _explain(error, overrides) from None
     return composed
 
 
-def checked(composed: DictConfig) -> Config:
-    """Merge into the schema and check every rule; raises `ConfigError`."""
+def checked(composed: DictConfig, where: str = "here") -> Config:
+    """Merge into the schema and check every rule; raises `ConfigError`.
+
+    Args:
+        where: what was read, for the message.
+    """
     plain = OmegaConf.to_container(composed, resolve=False)
     _refuse_code_and_secrets(plain)
-    for key in sorted(_flat_keys(plain) - leaves(_everything()).keys() - _sections()):
-        raise _unknown_key(key)
+    if error := refusals.unfit(plain, where):
+        raise error
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
         missing = sorted(OmegaConf.missing_keys(merged) | OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(
                 "A setting has no value.",
-                value=", ".join(missing),
+                value=f"{', '.join(missing)} ({where})",
                 rule="every setting stands in conf/ with its default",
                 remedy=f"give it a value in conf/ and run `{COMPOSE}`, or {missing[0]}=... here",
             )
         cfg = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise _explain(error, []) from None
+        raise _explain(error, [where]) from None
     assert isinstance(cfg, Config)
     validate(cfg)
     return cfg
@@ -118,11 +121,47 @@ def checked(composed: DictConfig) -> Config:
 def standalone(overrides: list[str]) -> tuple[ConvertConfig, RuntimeConfig]:
     """`convert.*` and `runtime.*` from the command line alone, with no `conf/` at hand."""
     schema = OmegaConf.structured({"convert": ConvertConfig, "runtime": RuntimeConfig})
+    known = [k for k in refusals.kinds() if k.startswith(("convert.", "runtime."))]
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            near = refusals.nearest(key.lstrip("+~"), known)
+            raise ConfigError(
+                f"A conversion on its own has no setting named {key}.",
+                value=text,
+                rule=f"{', '.join(known)}; each as key=value",
+                remedy=f"did you mean {near}=...?" if near else "leave it out",
+            )
+        _refuse_code_and_secrets(value, key)
+        try:
+            schema.merge_with_dotlist([text])
+        except (OmegaConfBaseException, yaml.YAMLError):
+            raise refusals.wrong_value(key, value, "on the command line") from None
     try:
-        merged = OmegaConf.merge(schema, OmegaConf.from_dotlist(overrides))
-        return OmegaConf.to_object(merged.convert), OmegaConf.to_object(merged.runtime)  # type: ignore[return-value]
+        convert, runtime = (OmegaConf.to_object(schema[name]) for name in ("convert", "runtime"))
     except OmegaConfBaseException as error:
         raise _explain(error, overrides) from None
+    assert isinstance(convert, ConvertConfig) and isinstance(runtime, RuntimeConfig)
+    check_numbers(leaves(convert, "convert") | leaves(runtime, "runtime"))
+    return convert, runtime
+
+
+def write(overrides: list[str], to_stdout: bool) -> None:
+    """`params.yaml` from `conf/`, or the composed text to stdout; raises `ConfigError`."""
+    composed = compose(overrides)
+    checked(composed, f"of {CONF.absolute()} and the command line")
+    if to_stdout:
+        print(to_yaml(composed), end="")
+    elif overrides:
+        raise ConfigError(
+            "params.yaml is written without overrides.",
+            value=" ".join(overrides),
+            rule="params.yaml is what conf/ alone composes to",
+            remedy="make the choice in conf/, use `dvc exp run -S`, or add --print",
+        )
+    else:
+        PARAMS.write_text(to_yaml(composed), encoding="utf-8")
+        print(f"wrote {PARAMS}")
 
 
 def to_yaml(composed: DictConfig) -> str:
@@ -145,77 +184,38 @@ def _refuse_code_and_secrets(node: Any, path: str = "") -> None:
     elif isinstance(node, list):
         for item in node:
             _refuse_code_and_secrets(item, path)
-    elif isinstance(node, str) and "${oc.env" in node:
+    elif isinstance(node, str) and RESOLVED.search(node):
         raise ConfigError(
-            "The configuration reads the environment.",
+            "The configuration reads the environment, or computes a value.",
             value=f"{path}={node}",
-            rule="a value of the environment would be written into artefacts, secrets included",
+            rule="only ${another.key} is filled in; a value of the environment would be written "
+            "into artefacts, secrets included",
             remedy=f"write the value of {path} out",
         )
 
 
-def _explain(error: Exception, overrides: list[str]) -> ConfigError:
-    """A refusal of Hydra's or OmegaConf's in our form, with the nearest key or the choices."""
-    from hydra.errors import MissingConfigException
+def _no_yaml(error: Exception, path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}{'/' * (path == CONF)} is not YAML of settings.",
+        value=f"{path.absolute()}: {' '.join(str(error).split())[:300]}",
+        rule="conf/ is YAML in UTF-8, each key once; params.yaml is what it composes to",
+        remedy="correct that line" if path == CONF else f"run `{COMPOSE}`",
+    )
 
-    first = str(error).splitlines()[0]
+
+def _explain(error: Exception, said: list[str]) -> ConfigError:
+    """What else Hydra or OmegaConf refuses: a file of `conf/` that is not there, interpolations."""
     key = getattr(error, "full_key", None) or ""
-    if isinstance(error, MissingConfigException) and error.options:
-        return ConfigError(
-            f"No such choice: {error.missing_cfg_file}.",
-            value=" ".join(overrides) or None,
-            rule=f"one of {', '.join(sorted(error.options))}",
-            remedy="choose one of these; any other dense model is "
-            "model=pretrained model.id=<hub id or folder> model.layers=[...]",
-        )
-    absent = re.match(r"Could not override '(.+?)'", first)
-    if isinstance(error, ConfigKeyError) or absent:
-        return _unknown_key(absent[1] if absent else key or first)
     if isinstance(error, InterpolationResolutionError):
         remedy = "write the value out"
     else:
-        remedy = "`python -m pipeline compose --print` shows every setting with its value"
+        remedy = refusals.SHOW
     return ConfigError(
         f"The configuration is refused{f' at {key}' if key else ''}.",
-        value=first,
-        rule="the types and choices stand in pipeline/config.py",
+        value=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        rule=f"conf/ composes to a value for every setting ({' '.join(said) or 'no overrides'})",
         remedy=remedy,
     )
-
-
-def _unknown_key(key: str) -> ConfigError:
-    known = list(leaves(_everything()))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    section = key.rpartition(".")[0]
-    beside = [k for k in known if k.rpartition(".")[0] == section]
-    return ConfigError(
-        f"There is no setting named {key}.",
-        value=key,
-        rule=f"in section {section!r}: {', '.join(k.rpartition('.')[2] for k in beside)}"
-        if beside
-        else "`python -m pipeline compose --print` shows every setting",
-        remedy=f"did you mean {near[0]}?",
-    )
-
-
-def _everything() -> Config:
-    from pipeline.config import EmbeddedModelConfig
-
-    cfg = Config()
-    cfg.model.embedded = EmbeddedModelConfig()
-    return cfg
-
-
-def _flat_keys(node: Any, path: str = "") -> set[str]:
-    if not isinstance(node, dict) or not node:
-        return {path}
-    return {k for key, below in node.items() for k in _flat_keys(below, f"{path}.{key}".strip("."))}
-
-
-def _sections() -> set[str]:
-    """Keys that hold others, which may be null as a whole (`model.embedded`)."""
-    keys = leaves(_everything())
-    return {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
 
 
 def differences(composed: Any, present: Any, path: str = "") -> list[str]:

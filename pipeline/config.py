@@ -26,7 +26,7 @@ class Dtype(Enum):
 
 
 class Device(Enum):
-    auto = "auto"
+    auto = "auto"  # a GPU where there is one
     cpu = "cpu"
     cuda = "cuda"
 
@@ -40,7 +40,12 @@ class DataSource(Enum):
 class Codec(Enum):
     compact = "compact"  # zstd, about 0.69 of the raw bf16 bytes
     fast = "fast"  # lz4, about 0.75, 2.5 times the encoding speed
-    none = "none"
+    none = "none"  # as they are
+
+
+class Store(Enum):
+    both = "both"  # what every FFN was given and what it gave
+    input = "input"  # what it was given: half the bytes; its output is computed again when read
 
 
 class Init(Enum):
@@ -98,10 +103,18 @@ class BudgetVary(Enum):
 
 
 class Kernel(Enum):
-    auto = "auto"
+    auto = "auto"  # grouped where it is there, else padded
     padded = "padded"  # one batched product, every expert padded to the largest load
     grouped = "grouped"  # torch's grouped_mm, no padding
     loop = "loop"  # one expert after the other: the reference
+
+
+class Logger(Enum):
+    none = "none"  # only the lines on the console and in .scratch/logs
+    tensorboard = "tensorboard"
+    wandb = "wandb"  # offline unless WANDB_MODE says otherwise
+    mlflow = "mlflow"  # to a local file unless MLFLOW_TRACKING_URI says otherwise
+    dvclive = "dvclive"
 
 
 class Schedule(Enum):
@@ -113,34 +126,38 @@ class Schedule(Enum):
 class EmbeddedModelConfig:
     """The dense model that is trained here when none is named."""
 
-    vocab_size: int = MISSING  # tokens of the byte-level BPE tokenizer
-    d_model: int = MISSING
-    d_ff: int = MISSING
-    n_layers: int = MISSING
-    n_heads: int = MISSING
-    n_kv_heads: int = MISSING
-    sequence_length: int = MISSING  # tokens per training sequence
-    batch_tokens: int = MISSING  # tokens per step
-    max_steps: int = MISSING
-    learning_rate: float = MISSING  # peak, AdamW
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    evaluate_every: int = MISSING  # steps between validations
-    patience: int = MISSING  # validations without a better one before stopping
-    checkpoint_every: int = MISSING  # steps
+    vocab_size: int = MISSING  # of the byte-level BPE tokenizer [tokens]
+    d_model: int = MISSING  # width of the residual stream
+    d_ff: int = MISSING  # width of every dense FFN [neurons]
+    n_layers: int = MISSING  # transformer layers
+    n_heads: int = MISSING  # attention heads; d_model is n_heads times an even number
+    n_kv_heads: int = MISSING  # heads of keys and values; they divide n_heads
+    sequence_length: int = MISSING  # of a training sequence [tokens]
+    batch_tokens: int = MISSING  # of one step [tokens]
+    max_steps: int = MISSING  # steps at most; patience may end it before
+    learning_rate: float = MISSING  # peak, of AdamW
+    weight_decay: float = MISSING  # of AdamW
+    warmup_steps: int = MISSING  # until the peak is reached [steps]
+    evaluate_every: int = MISSING  # between validations [steps]
+    patience: int = MISSING  # validations without a better one before it stops
+    checkpoint_every: int = MISSING  # between checkpoints to go on from [steps]
 
 
 @dataclass
 class ModelConfig:
     """The dense model to convert."""
 
-    name: str = MISSING  # for people; a word
-    id: str | None = None  # hub id, folder or package:<name>/<folder>; null = the embedded model
-    revision: str | None = None  # hub commit; required with trust_remote_code
-    dtype: Dtype = MISSING  # of the loaded weights; auto = as stored
-    device_map: str | None = None  # as transformers takes it
-    trust_remote_code: bool = MISSING
-    layers: list[int] = MISSING  # layers to convert, indices from 0
+    name: str = MISSING  # for people: a word, in the report and the model card
+    # hub id, folder, or `package:<name>/<folder>` of an installed package; null = the embedded
+    # model
+    id: str | None = None
+    # commit of the hub; null = the newest, recorded; required with trust_remote_code
+    revision: str | None = None
+    dtype: Dtype = MISSING  # of the loaded weights; auto = as they are stored
+    # as transformers takes it, for a model that is larger than one device
+    device_map: str | None = None
+    trust_remote_code: bool = MISSING  # run the model's own Python code
+    layers: list[int] = MISSING  # layers to convert, indices from 0; the others stay dense
     embedded: EmbeddedModelConfig | None = None
 
 
@@ -148,27 +165,28 @@ class ModelConfig:
 class TokensConfig:
     """Token budgets, one per split. A corpus may hold fewer; the report says how many were used."""
 
-    train: int = MISSING
-    validation: int = MISSING
-    heldout: int = MISSING
-    shifted: int = MISSING
+    train: int = MISSING  # the layers are fitted to them [tokens]
+    validation: int = MISSING  # what is chosen is chosen on them [tokens]
+    heldout: int = MISSING  # only `evaluate` reads them: the same domain [tokens]
+    shifted: int = MISSING  # only `evaluate` reads them: another domain [tokens]
 
 
 @dataclass
 class DataConfig:
     """The text that the dense model reads while its activations are captured."""
 
-    source: DataSource = MISSING
+    source: DataSource = MISSING  # where the text comes from
     dataset: str | None = None  # source=hub: its id
     subset: str | None = None  # source=hub: the dataset's configuration
-    revision: str | None = None  # source=hub: commit
-    split: str = MISSING  # source=hub: which of its splits is read
+    revision: str | None = None  # source=hub: commit; null = the newest
+    split: str = MISSING  # source=hub: which of its splits is read; ours are cut from it
     streaming: bool = MISSING  # source=hub: read no further than the token budget
-    files: list[str] = MISSING  # source=files: paths or globs
-    shifted_files: list[str] = MISSING  # another domain; empty = the standard library's source
-    text_column: str = MISSING
+    files: list[str] = MISSING  # source=files: paths or globs of txt, jsonl and parquet files
+    # text of another domain; empty = the standard library's source
+    shifted_files: list[str] = MISSING
+    text_column: str = MISSING  # the field of a row that holds its text
     max_samples: int | None = None  # documents read of the source at most; null = all
-    sequence_length: int = MISSING  # tokens per packed block
+    sequence_length: int = MISSING  # of a packed block [tokens]
     tokens: TokensConfig = field(default_factory=TokensConfig)
 
 
@@ -176,12 +194,14 @@ class DataConfig:
 class CaptureConfig:
     """The activation store."""
 
-    dtype: Dtype = MISSING  # as stored; auto = bfloat16 unless the model is float16
-    codec: Codec = MISSING
-    shard_mb: float = MISSING  # raw megabytes per shard and array
-    chunk_mb: float = MISSING  # raw megabytes per chunk
-    batch_size: int = MISSING  # sequences per forward pass
-    heldout_tokens: int = MISSING  # the per-layer metrics need fewer than perplexity
+    dtype: Dtype = MISSING  # of the stored rows; auto = bfloat16 unless the model is float16
+    store: Store = MISSING  # which of each FFN's two sides are kept on disk
+    codec: Codec = MISSING  # how chunks are compressed
+    shard_mb: float = MISSING  # raw size of a shard of each array; one file each [MB]
+    chunk_mb: float = MISSING  # raw size of a chunk: what is decoded at once [MB]
+    batch_size: int = MISSING  # of a forward pass [sequences]
+    # stored of the heldout blocks: per-layer metrics need few [tokens]
+    heldout_tokens: int = MISSING
 
 
 @dataclass
@@ -189,62 +209,62 @@ class LayerMoEConfig:
     """What some layers have otherwise; null = as `moe` says."""
 
     layers: list[int] = MISSING  # of model.layers
-    n_experts: int | None = None
-    top_k: int | None = None
-    d_ff_expert: int | float | None = None
-    shared_expert: int | float | None = None
+    n_experts: int | None = None  # as moe.n_experts
+    top_k: int | None = None  # as moe.top_k
+    d_ff_expert: int | float | None = None  # as moe.d_ff_expert
+    shared_expert: int | float | None = None  # as moe.shared_expert
 
 
 @dataclass
 class DynamicConfig:
     """Experts that grow and shrink while they are trained; widths in neurons, multiples of 8."""
 
-    enabled: bool = MISSING
-    reallocate_every_n_steps: int = MISSING
+    enabled: bool = MISSING  # experts exchange neurons in training; their sum stays
+    reallocate_every_n_steps: int = MISSING  # between reallocations [steps]
     n_reallocated: int = MISSING  # experts that grow at a time, and as many that shrink
     growth_factor: float = MISSING  # of the width of the experts of highest loss
     shrink_factor: float = MISSING  # of the width of the experts of lowest loss
-    min_d_ff: int = MISSING
-    max_d_ff: int = MISSING
-    growth: Growth = MISSING
+    min_d_ff: int = MISSING  # no expert gets narrower; a multiple of 8 [neurons]
+    max_d_ff: int = MISSING  # no expert gets wider; a multiple of 8 [neurons]
+    growth: Growth = MISSING  # how an expert gets wider
 
 
 @dataclass
 class BudgetConfig:
     """How much each layer gets of what `moe` gives them all together."""
 
-    by: BudgetBy = MISSING
+    by: BudgetBy = MISSING  # how the layers' sizes are chosen
     vary: BudgetVary = MISSING  # by=kl: the setting of moe in which layers may differ
     candidates: list[int | float] = MISSING  # by=kl: its values, beside the configured one
-    tokens: int = MISSING  # by=kl: of validation, read for each layer and candidate
+    tokens: int = MISSING  # by=kl: of validation, read for each layer and candidate [tokens]
 
 
 @dataclass
 class MoEConfig:
     """The sparse layer that takes the place of each dense FFN."""
 
-    n_experts: int = MISSING
-    top_k: int = MISSING  # experts run per token; routing=token_choice
-    routing: Routing = MISSING
+    n_experts: int = MISSING  # routed experts per layer
+    top_k: int = MISSING  # routing=token_choice: experts run per token
+    routing: Routing = MISSING  # who chooses
     capacity_factor: float = MISSING  # routing=expert_choice: experts per token, on average
-    d_ff_expert: int | float | None = (
-        MISSING  # null = d_ff; float in (0, 1] = fraction of it; int >= 8 = neurons
-    )
-    shared_expert: int | float = MISSING  # always on: as d_ff_expert, below 1; 0 = none
-    init_from_dense: bool = MISSING  # false = init: random
-    init: Init = MISSING
-    init_noise: float = MISSING  # of each weight's standard deviation, on replicated experts
+    # width of an expert: null = d_ff; a number in (0, 1] = that fraction of it; an integer of 8 or
+    # more = neurons
+    d_ff_expert: int | float | None = MISSING
+    # width of an expert that runs for every token: as d_ff_expert, below 1; 0 = none
+    shared_expert: int | float = MISSING
+    init_from_dense: bool = MISSING  # start from the dense FFN; false = init: random
+    init: Init = MISSING  # how experts start
+    init_noise: float = MISSING  # on replicated experts, in standard deviations of each weight
     virtual_groups: bool = MISSING  # the slices of one replica share their router row
-    router: Router = MISSING
+    router: Router = MISSING  # its form
     router_width: int = MISSING  # router=mlp: units of its hidden layer
-    router_init: RouterInit = MISSING  # init=specialist brings its own router
-    refit: bool = (
-        MISSING  # least squares of every down_proj under the start's routing; not if exact
-    )
-    mean_compensation: bool = MISSING  # an output bias per expert, fitted; host: custom
+    router_init: RouterInit = MISSING  # how the router starts; init=specialist brings its own
+    # least squares of every down_proj under the start's routing, unless the start is exact
+    refit: bool = MISSING
+    mean_compensation: bool = MISSING  # an output bias per expert, fitted; needs host=custom
     balance_bias: bool = MISSING  # a bias per expert that selects and never weighs
-    host: Host = MISSING  # architecture to export to; fixes the router function
-    per_layer: list[LayerMoEConfig] = MISSING
+    host: Host = MISSING  # architecture to export to; it fixes the router function
+    per_layer: list[LayerMoEConfig] = MISSING  # what some layers have otherwise
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
@@ -253,50 +273,51 @@ class MoEConfig:
 class TrainConfig:
     """How one layer is fitted to its own store."""
 
-    epochs: int = MISSING
-    batch_size: int = MISSING  # tokens per step
-    learning_rate: float = MISSING  # experts
-    router_learning_rate: float | None = None  # null = learning_rate
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    schedule: Schedule = MISSING
+    epochs: int = MISSING  # passes over the layer's rows; 0 = the start as it is, no training
+    batch_size: int = MISSING  # of one step [tokens]
+    learning_rate: float = MISSING  # peak, of the experts, by AdamW
+    router_learning_rate: float | None = None  # peak, of the router; null = learning_rate
+    weight_decay: float = MISSING  # of AdamW
+    warmup_steps: int = MISSING  # until the peak is reached [steps]
+    schedule: Schedule = MISSING  # of the rate after the warm-up
     grad_clip: float = MISSING  # largest global gradient norm; 0 = no clipping
-    normalize_mse: bool = (
-        MISSING  # divide by the variance of the target; false = the seed's formula
-    )
-    use_cosine_loss: bool = MISSING
-    cosine_loss_weight: float = MISSING
-    load_balance_coef: float = MISSING
-    router_z_coef: float = MISSING
-    balance_bias_rate: float = MISSING  # per step, with moe.balance_bias
+    # divide by the variance of the target; false = the seed's formula
+    normalize_mse: bool = MISSING
+    use_cosine_loss: bool = MISSING  # add cosine_loss_weight x (1 - cosine) to the squared error
+    cosine_loss_weight: float = MISSING  # of that term
+    load_balance_coef: float = MISSING  # weight of the loss that evens out the experts' loads
+    router_z_coef: float = MISSING  # weight of the loss that keeps router logits small
+    balance_bias_rate: float = MISSING  # moe.balance_bias: change of a bias per step
     static_control: bool = MISSING  # fit plain pruning to the same active width beside the layer
-    window: int | None = None  # layers fitted at a time behind the sparse ones; null = each alone
+    # layers fitted at a time behind the sparse ones, by `prefill`; null = each alone
+    window: int | None = None
     data_free: bool = MISSING  # random inputs of the captured mean and covariance
-    evaluate_every: int = MISSING  # steps between validations
-    patience: int = MISSING  # validations without a better one before stopping; 0 = never
-    checkpoint_every: int = MISSING  # steps between checkpoints to continue from
+    evaluate_every: int = MISSING  # between validations [steps]
+    patience: int = MISSING  # validations without a better one before it stops; 0 = never
+    checkpoint_every: int = MISSING  # between checkpoints to go on from [steps]
     stream: bool = MISSING  # read shuffled chunks instead of holding the split in memory
-    dtype: Dtype = MISSING  # of the matrix products; weights and optimizer are float32
-    kernel: Kernel = MISSING
+    dtype: Dtype = MISSING  # of the matrix products, not of weights; auto = what is fast here
+    kernel: Kernel = MISSING  # how experts are computed
 
 
 @dataclass
 class HealConfig:
     """All layers trained together, in the dense model's place, on its logits."""
 
-    tokens: int = MISSING  # of the train blocks, read again where it is more; 0 = no healing
-    batch_size: int = MISSING  # sequences per step
+    # of the train blocks, read again where it is more; 0 = no healing [tokens]
+    tokens: int = MISSING
+    batch_size: int = MISSING  # of one step [sequences]
     learning_rate: float = MISSING  # peak, of experts and norms; falls to nearly zero
-    router_learning_rate: float | None = None  # null = learning_rate
-    train_norms: bool = MISSING  # the model's norms too; attention and embeddings never
-    weight_decay: float = MISSING  # not of norms
-    warmup_steps: int = MISSING
+    router_learning_rate: float | None = None  # peak, of the routers; null = learning_rate
+    train_norms: bool = MISSING  # train the model's norms too; attention and embeddings never
+    weight_decay: float = MISSING  # of AdamW; not of norms
+    warmup_steps: int = MISSING  # until the peak is reached [steps]
     grad_clip: float = MISSING  # largest global gradient norm; 0 = no clipping
-    load_balance_coef: float = MISSING  # of the sum over layers
-    router_z_coef: float = MISSING  # of the sum over layers
-    evaluate_every: int = MISSING  # steps between validations
-    checkpoint_every: int = MISSING  # steps between checkpoints to continue from
-    dtype: Dtype = MISSING  # of the matrix products; weights and optimizer are float32
+    load_balance_coef: float = MISSING  # as train.load_balance_coef, of the sum over layers
+    router_z_coef: float = MISSING  # as train.router_z_coef, of the sum over layers
+    evaluate_every: int = MISSING  # between validations [steps]
+    checkpoint_every: int = MISSING  # between checkpoints to go on from [steps]
+    dtype: Dtype = MISSING  # of the matrix products, not of weights; auto = what is fast here
 
 
 @dataclass
@@ -304,33 +325,39 @@ class ConvertConfig:
     """The assembly; the three paths are for running it alone."""
 
     dense: str | None = None  # hub id or folder; null = the DAG's dense model
-    revision: str | None = None
+    revision: str | None = None  # commit of the hub, for `dense`
     layers: str | None = None  # folder that holds layer_K/; null = stages/train
     output: str | None = None  # folder of the sparse checkpoint; null = stages/convert
-    max_shard_size: str = "2GB"  # of each safetensors file
-    tolerance: float = 1e-3  # largest logit difference, relative to the largest logit
+    max_shard_size: str = "2GB"  # of each safetensors file, with its unit
+    # largest difference of a logit after reloading, relative to the largest logit
+    tolerance: float = 0.001
 
 
 @dataclass
 class EvaluateConfig:
-    batch_size: int = MISSING  # sequences per forward pass
+    """What the finished model is judged on."""
+
+    batch_size: int = MISSING  # of a forward pass [sequences]
     max_batches: int | None = None  # of each text; null = all of it
     prompt: str = MISSING  # the sample generations continue it
-    new_tokens: int = MISSING  # length of a sample generation
+    new_tokens: int = MISSING  # length of a sample generation; 0 = none [tokens]
+    measure_speed: bool = MISSING  # time both models; these figures differ from run to run
+    push_to_hub: str | None = None  # hub repository (owner/name) that gets the checkpoint and card
 
 
 @dataclass
 class RuntimeConfig:
     """How, not what: none of these belongs to a fingerprint."""
 
-    device: Device = Device.auto
+    device: Device = Device.auto  # where the models run
     threads: int | None = None  # of torch on the CPU; null = every core that it may use
-    lock_wait_s: float = 600.0  # seconds to wait for another run on the same output
+    lock_wait_s: float = 600.0  # for another run on the same output, then exit code 4 [s]
+    logger: Logger = Logger.none  # where the figures of dense, train and heal also go
 
 
 @dataclass
 class Config:
-    seed: int = 0
+    seed: int = 0  # of every random choice
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)

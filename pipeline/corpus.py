@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline import preflight
 from pipeline.config import SPLITS, DataConfig, DataSource, TokensConfig
 from pipeline.documents import Document, digest, read_documents, shifted_documents
-from pipeline.errors import InputError
-from pipeline.workdir import write_json
+from pipeline.errors import ArtifactError, InputError
+from pipeline.workdir import how_to_redo, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,8 +61,22 @@ def write_blocks(cfg: DataConfig, tokenizer: "PreTrainedTokenizerBase", folder: 
 
 
 def read_blocks(folder: Path, split: str) -> torch.Tensor:
-    """(blocks, sequence_length) token ids, int64, of one split."""
-    return load_file(folder / f"{split}.safetensors")["tokens"].long()
+    """(blocks, sequence_length) token ids, int64, of one split.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or another's.
+    """
+    path = folder / f"{split}.safetensors"
+    try:
+        return load_file(path)["tokens"].long()
+    except (OSError, SafetensorError, KeyError) as error:
+        preflight.let_through(error)
+        raise ArtifactError(
+            "The tokens of a split cannot be read.",
+            value=f"{path.absolute()}: {error}",
+            rule="a safetensors file, as `tokens` wrote it",
+            remedy=how_to_redo(path),
+        ) from None
 
 
 def check_token_ids(blocks: torch.Tensor, embedding_rows: int) -> None:

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline import preflight
 from pipeline.config import DataConfig, DataSource
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError
 
 # Left out or shipped apart by distributions; machine-written; tables and text in place of code.
 NOT_READ = re.compile(
@@ -149,7 +150,10 @@ def file_documents(patterns: Iterable[str], text_column: str) -> Iterator[Docume
                 else []
             )
             yield from _texts(rows, column, str(path))
-        except ValueError as error:
+        except PipelineError:
+            raise
+        except Exception as error:  # pyarrow and datasets have many kinds for a damaged file
+            preflight.let_through(error)
             raise InputError(
                 "A file of the data cannot be read.",
                 value=f"{path}: {_first_line(error)}",

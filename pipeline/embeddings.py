@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipeline.runtime import Progress, silent
+from pipeline import finite
+from pipeline.progress import Progress, silent
 
 NEIGHBOURS = 10
 """Nearest texts that are compared beside the very nearest."""
@@ -41,6 +42,7 @@ def embed(model: nn.Module, blocks: Tensor, batch_size: int, progress: Progress 
     device, parts, done = next(model.parameters()).device, [], 0
     for batch in blocks.split(batch_size):
         hidden_NSD = model(input_ids=batch.to(device)).last_hidden_state
+        finite.check(hidden_NSD, "An encoder", f"hidden states of batch {len(parts)}")
         parts.append(F.normalize(hidden_NSD.float().mean(dim=1), dim=-1).cpu())
         done += batch.numel()
         progress(done, blocks.numel(), "")

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.errors import InputError
+from pipeline import preflight
+from pipeline.errors import ArtifactError, InputError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -98,6 +99,16 @@ class DenseFFN:
 
     @classmethod
     def load(cls, path: Path) -> "DenseFFN":
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(**tensors, activation=file.metadata()["activation"])
+        """What `save` wrote; `ArtifactError` where the file is missing, damaged or another's."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return cls(**tensors, activation=file.metadata()["activation"])
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
+            preflight.let_through(error)
+            raise ArtifactError(
+                "The weights of a dense FFN cannot be read.",
+                value=f"{path.absolute()}: {error}",
+                rule="a safetensors file, as `capture` wrote it",
+                remedy="run `dvc repro -f -s capture`, or capture the layer again",
+            ) from None

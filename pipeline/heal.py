@@ -32,16 +32,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipeline import resume, shuffle
+from pipeline import preflight, resume, shuffle, workdir
 from pipeline.assembly import NORMS, find_norms, replace_ffns, shared_copy
 from pipeline.config import HealConfig
 from pipeline.corpus import check_token_ids
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.kernels import pick_kernel
 from pipeline.layers import HISTORY, is_complete, load_layer, save_layer, write_history
+from pipeline.loggers import Log, no_log
 from pipeline.moe import SparseMoE
+from pipeline.progress import Progress, silent
 from pipeline.router import Routing, load_balance_loss, router_z_loss, thresholds
-from pipeline.runtime import Progress, silent
+from pipeline.runtime import tell
 
 
 class RoutedMoE(nn.Module):
@@ -108,6 +110,7 @@ def heal_layers(
     seed: int,
     dtype: torch.dtype,
     progress: Progress = silent,
+    log: Log = no_log,
 ) -> None:
     """Write to `folder` each healed layer as `train` writes it, and the norms that learned.
 
@@ -122,6 +125,7 @@ def heal_layers(
         folder: may hold the checkpoint that an interrupted call left.
         balance_bias_rate: per step, where a router has a balance bias.
         dtype: of the matrix products.
+        log: gets each row of the history and the experts' learning rate.
 
     Raises:
         ConfigError: the model is an encoder.
@@ -154,6 +158,8 @@ def heal_layers(
     read = {k: load_layer(path) for k, path in trained.items()}
     moes = {k: moe for k, (moe, _) in read.items()}
     healing = _begin(model, moes, cfg, balance_bias_rate, dtype, total)
+    learning = sum(p.numel() for group in healing.optimizer.param_groups for p in group["params"])
+    preflight.check_checkpoints("healing", folder, learning, "heal.tokens=0 needs none")
     if path.is_file():
         _restore(healing, path)
     else:
@@ -163,13 +169,20 @@ def heal_layers(
         terms = _step(healing, batch.to(model.device))
         if healing.step % cfg.evaluate_every == 0 or healing.step == total:
             _validate(healing, blocks["validation"], terms)
+            log({**healing.history[-1], "learning_rate": healing.optimizer.param_groups[0]["lr"]})
         if healing.step % cfg.checkpoint_every == 0:
             _check_finite(healing.step, terms)
             _save(healing, path)
-        last = healing.history[-1]["validation_kl"]
-        progress(healing.step, total, f"validation KL {last:.4f}, best {healing.best_kl:.4f}")
+        progress(healing.step, total, _note(healing))
     records = {k: record for k, (_, record) in read.items()}
     _finish(healing, trained, records, folder, total * step_tokens)
+
+
+def _note(healing: Healing) -> str:
+    last = healing.history[-1]
+    told = [f"loss {last['loss']:.4f}"] if "loss" in last else []
+    told.append(f"validation KL {last['validation_kl']:.4f}, best {healing.best_kl:.4f}")
+    return ", ".join(told)
 
 
 def _begin(
@@ -186,7 +199,7 @@ def _begin(
     paths, layers = replace_ffns(sparse, moes), {}
     for k, moe in moes.items():
         moe.kernel, reason = pick_kernel(model.device.type, dtype, moe.shape)
-        print(f"layer {k}: kernel {moe.kernel} ({reason})", flush=True)
+        tell(f"kernel of layer {k}", moe.kernel, reason)
         layers[k] = RoutedMoE(moe)
         sparse.set_submodule(paths[k], layers[k])
     norms = _own_norms(sparse) if cfg.train_norms else {}
@@ -386,6 +399,9 @@ def _finish(
         norms = {name: p.detach().cpu() for name, p in healing.norms.items()}
         save_file(norms, folder / NORMS)
     write_history(folder, healing.history)
+    for path in (folder / NORMS, folder / HISTORY):  # durable before the layers that end the work
+        if path.exists():
+            workdir.fsync(path)
     for k, layer in healing.layers.items():
         out = folder / f"layer_{k}"
         out.mkdir(exist_ok=True)

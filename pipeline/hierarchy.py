@@ -21,11 +21,11 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
-from pipeline.commits import ARRAYS, FOLDER, Commit, Layout
+from pipeline.commits import FOLDER, Commit, Layout
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError
 from pipeline.shards import Bytes, chunk_checksums, damaged
-from pipeline.workdir import fsync_folder, read_json
+from pipeline.workdir import fsync, read_json
 
 STORED = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -43,7 +43,7 @@ def metadata(layout: Layout, capture: dict[str, Any]) -> dict[str, bytes]:
     root = zarr.create_group(MemoryStore(files), attributes=attributes)
     for split, rows in layout.rows.items():
         group = root.create_group(split)
-        for name in ARRAYS:
+        for name in layout.arrays:
             group.create_array(
                 name,
                 shape=(rows, layout.d_model),
@@ -75,9 +75,9 @@ def create(path: Path, metadata: dict[str, bytes]) -> None:
         (partial / key).parent.mkdir(exist_ok=True)
         _write(partial / key, content)
     for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
-        fsync_folder(folder)
+        fsync(folder)
     partial.rename(path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def check(path: Path, metadata: dict[str, bytes]) -> None:
@@ -119,7 +119,7 @@ def write_rows(
     opened = opened.with_config({"write_empty_chunks": True})
     opened[start : start + len(rows)] = _to_numpy(rows)
     assert store.described, "zarr's default pipeline writes through the store"
-    fsync_folder(root / array)
+    fsync(root / array)
     return store.described
 
 

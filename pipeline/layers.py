@@ -1,31 +1,45 @@
 """A trained layer on disk: `layer_K/{layer.safetensors, config.json, history.csv}`.
 
 `config.json` holds all that is needed to build the layer again and to export it: its index, its
-shape, the dtype of its weights, the host that it was trained for, and how training went.
+shape, the dtype and the digest of its weights, the host that it was trained for, and how training
+went. It vouches for itself and for the weights, wherever the folder lies.
 """
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from pipeline import workdir
+from pipeline import preflight, workdir
 from pipeline.errors import ArtifactError, InputError
+from pipeline.ffn import ACTIVATIONS
 from pipeline.moe import SparseMoE
 from pipeline.record import CONFIG, WEIGHTS
+from pipeline.router import ROUTER_FUNCTIONS
 from pipeline.shape import MoEShape
 
 HISTORY = "history.csv"
 
 
 def layer_folders(folder: Path) -> dict[int, Path]:
-    """Every `layer_K` in `folder`, by K; `InputError` when there is none."""
+    """Every `layer_K` in `folder`, by K; `InputError` when there is none, or one is a link out."""
     named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
-    found = {int(k): p for k, p in named.items() if k.isdigit()}
+    found = {int(k): p for k, p in named.items() if k.isdecimal()}
+    for path in found.values():
+        if workdir.leads_out(path, folder):
+            raise InputError(
+                "A trained layer lies outside its folder.",
+                value=f"{path.absolute()} -> {path.resolve()}",
+                rule="layer_K is a folder and no link out of the folder that holds the layers",
+                remedy="copy the layer into the folder",
+            )
     if not found:
         raise InputError(
             "There are no trained layers.",
@@ -40,9 +54,15 @@ def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:
     """Write the layer; `record` holds at least `layer` and `host`."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in moe.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    shape = asdict(moe.shape)
-    workdir.write_json(folder / CONFIG, {**record, "shape": shape, "dtype": dtype})
+    for name in (WEIGHTS, HISTORY):  # durable before the record that says that they are there
+        if (folder / name).exists():
+            workdir.fsync(folder / name)
+    written = {
+        "shape": asdict(moe.shape),
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "weights": workdir.file_digest(folder / WEIGHTS),
+    }
+    workdir.write_sealed(folder / CONFIG, {**record, **written})
 
 
 def is_complete(folder: Path) -> bool:
@@ -56,21 +76,60 @@ def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
     Raises:
         ArtifactError: a file is missing or damaged, or the tensors are not those of the shape.
     """
-    record = workdir.read_json(folder / CONFIG)
+    record = workdir.read_sealed(folder / CONFIG)
+    if workdir.file_digest(folder / WEIGHTS) != record.get("weights"):
+        raise _unusable(folder, f"{WEIGHTS} has not the SHA-256 that {CONFIG} records")
     try:
         tensors = load_file(folder / WEIGHTS)
-        moe = SparseMoE(MoEShape(**record["shape"]))
+        shape = _sound(MoEShape(**record["shape"]))
+        with torch.device("meta"):
+            empty = SparseMoE(shape).to(getattr(torch, record["dtype"])).state_dict()
     except (OSError, SafetensorError) as error:
+        preflight.let_through(error)
         raise _unusable(folder, str(error)) from None
-    except (KeyError, TypeError):
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
+        preflight.let_through(error)
         raise _unusable(folder, f"{CONFIG} holds no shape of a sparse layer") from None
-    wanted = {name: tuple(t.shape) for name, t in moe.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    wanted, found = _described(empty), _described(tensors)
     if wanted != found:
         differing = sorted(wanted.items() ^ found.items())
         raise _unusable(folder, f"its tensors are not those of its shape: {differing}")
+    moe = SparseMoE(shape)
     moe.load_state_dict(tensors)
     return moe.eval(), record
+
+
+def _sound(shape: MoEShape) -> MoEShape:
+    """The shape; `ValueError` where no layer has it, whatever its tensors are."""
+    sizes = [shape.d_model, shape.d_ff, shape.d_ff_expert, shape.n_experts, shape.top_k]
+    whole = [*sizes, *shape.widths, shape.router_width, shape.d_ff_shared]
+    factor, chooses = shape.capacity_factor, shape.routing == "expert_choice"
+    sound = (
+        all(type(n) is int and n >= 0 for n in whole)
+        and min(sizes) > 0
+        and shape.top_k <= shape.n_experts == len(shape.widths)
+        and max(shape.widths) <= shape.d_ff_expert
+        and all(type(b) is bool for b in (shape.gated, shape.bias, shape.balance_bias))
+        and (chooses or shape.routing == "token_choice")
+        and (isinstance(factor, int | float) and factor > 0 if chooses else factor is None)
+        and shape.activation in ACTIVATIONS
+        and shape.router_function in ROUTER_FUNCTIONS
+    )
+    if not sound:
+        raise ValueError(shape)
+    return shape
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each, by name."""
+    return {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}
 
 
 def write_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -83,8 +142,15 @@ def write_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    with (folder / HISTORY).open(encoding="utf-8", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """What `write_history` was given; `ArtifactError` where a row is no row of numbers."""
+    try:
+        with (folder / HISTORY).open(encoding="utf-8", newline="") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise _unusable(folder, f"{HISTORY}: {error}") from None
+    if not all(math.isfinite(x) for row in rows for x in row.values()):
+        raise _unusable(folder, f"{HISTORY} holds what is no number")
+    return rows
 
 
 def _unusable(folder: Path, why: str) -> ArtifactError:
@@ -92,5 +158,5 @@ def _unusable(folder: Path, why: str) -> ArtifactError:
         "A trained layer cannot be used.",
         value=f"{folder.absolute()}: {why}",
         rule=f"{WEIGHTS} and {CONFIG} as `train` wrote them",
-        remedy="remove the folder and run `dvc repro`",
+        remedy=workdir.how_to_redo(folder),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import budget, dense, training
+from pipeline import budget, dense, training, workdir
 from pipeline.config import MoEConfig, TrainConfig
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
@@ -56,8 +56,9 @@ def train_layer(
     captured, layer = Path(capture_folder), plan["layer"]
     folder = Path(layers_folder) / f"layer_{layer}"
     folder.mkdir(parents=True, exist_ok=True)
-    return training.fit_layer(
-        LayerReader(captured / f"layer_{layer}.zarr"),
+    reader = LayerReader(captured / f"layer_{layer}.zarr", device)
+    moe = training.fit_layer(
+        reader,
         DenseFFN.load(captured / f"ffn_{layer}.safetensors"),
         plan,
         folder,
@@ -68,3 +69,6 @@ def train_layer(
         dtype=dtype,
         start=start,
     )
+    made = {"settings": {"seed": seed}, "inputs": {"store": reader.digest()}}
+    workdir.write_manifest(folder, {"module": __name__, **made})
+    return moe

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import compose, runtime, workdir
-from pipeline.config import Config, select
-from pipeline.errors import ArtifactError, ConfigError
-from pipeline.stages import CAPTURE, DENSE, TOKENS, budget, capture, dense, tokens, train
+from pipeline import compose, console, lineage, progress, refusals, runtime, workdir
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.stages import CAPTURE, DENSE, TOKENS, budget, train
 
 
 def main(arguments: list[str]) -> None:
@@ -40,10 +40,8 @@ def main(arguments: list[str]) -> None:
 
 def _check(arguments: list[str]) -> Config:
     """Refuse what no job could use, before Hydra starts any; what one without sweeps is."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     overrides = [a for a in arguments if not a.startswith("-")]
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = refusals.parsed(overrides, compose.CONF).values()
     single = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
     kept = [line for line in single if not line.lstrip("+~").startswith(("layer=", "hydra"))]
     cfg = compose.checked(compose.compose(kept))
@@ -70,9 +68,11 @@ def fit(composed: DictConfig) -> None:
     rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "layer"])
     cfg = compose.checked(rest)
     _check_capture(cfg)
-    runtime.configure(cfg.runtime)
-    work: Path = train.run(cfg, composed.layer, budget.run(cfg, published=False), published=False)
-    print(f"layer {composed.layer}: complete in {work}", flush=True)
+    with console.kept(f"prefill_{composed.layer}"):
+        runtime.configure(cfg.runtime)
+        plans = budget.run(cfg, published=False)
+        work: Path = train.run(cfg, composed.layer, plans, published=False)
+        print(f"layer {composed.layer}: complete in {work}", flush=True)
 
 
 def fit_windows(cfg: Config) -> None:
@@ -118,7 +118,7 @@ def _capture_behind(
     # A name for what the rows depend on: a rerun goes on from its shards.
     name = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
     folder = _windows() / f"layer_{window[0]}-{name}"
-    with runtime.progress(f"capture layers {window}", "tokens") as progress:
+    with progress.shown(f"capture layers {window}", "tokens") as report:
         capture.capture_activations(
             model,
             {split: corpus.read_blocks(TOKENS, split) for split in ("train", "validation")},
@@ -130,21 +130,11 @@ def _capture_behind(
             forward=windows.forward_behind(
                 model, {k: load_layer(path)[0] for k, path in folders.items()}
             ),
-            progress=progress,
+            progress=report,
         )
     return folder / f"layer_{layer}.zarr", digests
 
 
 def _check_capture(cfg: Config) -> None:
     """A layer fitted to other activations would never be adopted."""
-    for made, by in ((DENSE, dense), (TOKENS, tokens), (CAPTURE, capture)):
-        found = workdir.read_json(made / workdir.MANIFEST)["settings"]
-        wanted = select(cfg, by.PARAMS)
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            raise ArtifactError(
-                f"{made} was made with other settings.",
-                value="; ".join(f"{k}: {found.get(k)} there, {wanted[k]} here" for k in differing),
-                rule="layers are fitted to activations of their own configuration",
-                remedy="run `dvc repro capture` with this configuration first",
-            )
+    lineage.check(cfg, (DENSE, TOKENS, CAPTURE))

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import corpus, resume, shuffle
+from pipeline import corpus, preflight, resume, shuffle
 from pipeline.config import EmbeddedModelConfig
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError
-from pipeline.runtime import Progress, silent
+from pipeline.loggers import Log, no_log
+from pipeline.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -47,12 +48,14 @@ def train(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = silent,
+    log: Log = no_log,
 ) -> None:
     """Write the model and its tokenizer to `folder`, as `save_pretrained` does.
 
     Args:
         splits: `train` and `validation` are read.
         dtype: of the matrix products; the weights are kept and saved in float32.
+        log: gets loss, validation loss and learning rate at each validation.
     """
     folder.mkdir(exist_ok=True)
     tokenizer = train_tokenizer(splits["train"], cfg.vocab_size)
@@ -67,6 +70,9 @@ def train(
         model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
     )
     run = Run(model, optimizer)
+    learning = sum(p.numel() for p in model.parameters())
+    lever = "a smaller model.embedded takes less in proportion"
+    preflight.check_checkpoints("the dense model", folder, learning, lever)
     path = folder / resume.CHECKPOINT
     if path.is_file():
         _restore(run, path)
@@ -76,7 +82,8 @@ def train(
         batch = _batch(tokens, batch_size, seed, run.step)
         loss = _step(run, batch.to(device), cfg, dtype)
         if run.step % cfg.evaluate_every == 0 or run.step == cfg.max_steps:
-            _validate(run, validation, batch_size, dtype)
+            row = {"loss": loss, "validation_loss": _validate(run, validation, batch_size, dtype)}
+            log({"step": run.step, **row, "learning_rate": run.optimizer.param_groups[0]["lr"]})
         if run.step % cfg.checkpoint_every == 0:
             _save(run, path)
         progress(run.step, cfg.max_steps, f"loss {loss:.3f}, validation {run.best_loss:.3f}")
@@ -150,11 +157,15 @@ def _loss(model: "LlamaForCausalLM", batch: Tensor, dtype: torch.dtype) -> Tenso
     return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
 
 
+def rate(step: int, cfg: EmbeddedModelConfig) -> float:
+    """Share of the peak learning rate at `step`, counted from 0: a cosine to a tenth."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return warm * (0.55 + 0.45 * math.cos(math.pi * step / cfg.max_steps))
+
+
 def _step(run: Run, batch: Tensor, cfg: EmbeddedModelConfig, dtype: torch.dtype) -> float:
-    warm = min(1.0, (run.step + 1) / max(1, cfg.warmup_steps))
-    falling = 0.55 + 0.45 * math.cos(math.pi * run.step / cfg.max_steps)
     for group in run.optimizer.param_groups:
-        group["lr"] = cfg.learning_rate * warm * falling
+        group["lr"] = cfg.learning_rate * rate(run.step, cfg)
     run.model.train()
     loss = _loss(run.model, batch, dtype)
     run.optimizer.zero_grad(set_to_none=True)
@@ -166,7 +177,7 @@ def _step(run: Run, batch: Tensor, cfg: EmbeddedModelConfig, dtype: torch.dtype)
 
 
 @torch.no_grad()
-def _validate(run: Run, blocks: Tensor, batch_size: int, dtype: torch.dtype) -> None:
+def _validate(run: Run, blocks: Tensor, batch_size: int, dtype: torch.dtype) -> float:
     run.model.eval()
     device = run.model.device
     total = sum(
@@ -178,6 +189,7 @@ def _validate(run: Run, blocks: Tensor, batch_size: int, dtype: torch.dtype) -> 
         state = run.model.state_dict()
         run.best = {name: t.detach().cpu().clone() for name, t in state.items()}
         run.best_loss, run.best_step = loss, run.step
+    return loss
 
 
 def _save(run: Run, path: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import reload
+from pipeline import preflight, reload
 from pipeline.errors import ArtifactError
 
 PROBE_SEQUENCES, PROBE_TOKENS, NEW_TOKENS = 2, 32, 16
@@ -50,7 +50,7 @@ def prove(
     """
     files = sorted(folder.glob("*.safetensors"))
     needed = round(NEEDED * 4 * sum(map(_count, files)))
-    free = free_memory() if free is None else free
+    free = preflight.free_memory() if free is None else free
     sizes = f"{needed / 1e9:.2g} GB in float32, {(free or 0) / 1e9:.2g} GB of memory are free"
     if free is None or needed <= free:
         print("proof: the logits of a fresh process against those in memory", flush=True)
@@ -61,24 +61,6 @@ def prove(
         print(f"proof: every tensor against its source, and no logits ({sizes})", flush=True)
         compare_tensors(files, tensors())
         open_elsewhere(folder)
-
-
-def free_memory() -> int | None:
-    """Bytes that can be used without swapping, within a container's limit; null = not known."""
-    known = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        sizes = dict(line.split(":") for line in lines)
-        known.append(1024 * int(sizes["MemAvailable"].split()[0]))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
-            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-            known.append(int(limit) - used)
-    except (OSError, KeyError):  # another system, or no such group
-        pass
-    return min(known, default=None)
 
 
 def _count(path: Path) -> int:

@@ -91,7 +91,7 @@ def check_behind(folders: Mapping[int, Path]) -> None:
         ArtifactError: names the layer, and what to run.
     """
     for k, folder in folders.items():
-        record = workdir.read_json(folder / CONFIG)
+        record = workdir.read_sealed(folder / CONFIG)
         fitted = {} if "healing" in record else record.get("behind", {})
         for j, digest in fitted.items():
             there = folders.get(int(j))

@@ -1,5 +1,10 @@
-"""Checkpoints to continue from: one safetensors file each, replaced by a rename."""
+"""Checkpoints to continue from: one safetensors file each, replaced by a rename.
 
+safetensors has no checksum of its own, so that the file carries one: a damaged state would be
+trained on as if it were right.
+"""
+
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline import preflight
 from pipeline.errors import ArtifactError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -29,10 +35,21 @@ def save(
         tensors |= {f"{OPTIMIZER}/{index}/{name}": t for name, t in moments.items()}
     detached = {key: t.detach().cpu().clone() for key, t in tensors.items()}
     partial = path.with_suffix(".partial")
-    save_file(detached, partial, metadata={"kept": json.dumps(kept)})
+    metadata = {"kept": json.dumps(kept)}
+    save_file(detached, partial, metadata=metadata | {"digest": digest(detached, metadata)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything that a checkpoint restores."""
+    sha = hashlib.sha256(metadata.get("kept", "").encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def restore(
@@ -48,8 +65,12 @@ def restore(
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            kept = json.loads(file.metadata()["kept"])
-    except (SafetensorError, OSError) as error:
+            metadata = file.metadata() or {}
+        if metadata.get("digest") != digest(tensors, metadata):
+            raise ValueError("it does not match its own digest")
+        kept = json.loads(metadata["kept"])
+    except (SafetensorError, OSError, ValueError) as error:
+        preflight.let_through(error)
         raise ArtifactError(
             "A checkpoint to continue from is damaged.",
             value=f"{path.absolute()}: {error}",

@@ -5,6 +5,8 @@ Imports neither torch nor transformers, as `pipeline.config`.
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from pipeline.config import (
     BudgetBy,
@@ -98,9 +100,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 
 def validate(cfg: Config) -> None:
     """Check what types cannot; raises `ConfigError`."""
-    for key, value in leaves(cfg).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            _check_number(key, value)
+    _check_lists(cfg)
+    check_numbers(leaves(cfg))
     _check_moe(cfg.moe)
     _check_per_layer(cfg.moe, cfg.model.layers)
     if cfg.moe.budget.by is BudgetBy.kl:
@@ -120,6 +121,7 @@ def validate(cfg: Config) -> None:
             rule="letters, digits, '.', '_' and '-', beginning with a letter or a digit",
             remedy="choose another model.name",
         )
+    _check_repository(cfg.evaluate.push_to_hub)
     if (cfg.model.id is None) == (cfg.model.embedded is None):
         raise ConfigError(
             "It is not clear which dense model is meant.",
@@ -137,6 +139,28 @@ def validate(cfg: Config) -> None:
             rule="convert.dense, convert.layers and convert.output are null in conf/",
             remedy="give them on the command line of `python -m pipeline.stages.convert`",
         )
+
+
+def _check_lists(cfg: Config) -> None:
+    """OmegaConf takes a list or a mapping for an element of any list."""
+    lists = {key: value for key, value in leaves(cfg).items() if isinstance(value, list)}
+    lists |= {f"moe.per_layer[{i}].layers": of.layers for i, of in enumerate(cfg.moe.per_layer)}
+    for key, values in lists.items():
+        nested = [value for value in values if isinstance(value, list | dict)]
+        if nested:
+            raise ConfigError(
+                f"{key} holds what is no value.",
+                value=nested[0],
+                rule="a list of numbers or texts",
+                remedy=f"write {nested[0]} out, one value after the other",
+            )
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Every number in its range; raises `ConfigError`."""
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(key, value)
 
 
 def _check_number(key: str, value: float) -> None:
@@ -243,6 +267,17 @@ def _check_layers(layers: list[int]) -> None:
             value=layers,
             rule="at least one index, none twice, counted from 0",
             remedy="list each layer to convert once, for example model.layers=[0,1,2,3]",
+        )
+
+
+def _check_repository(name: str | None) -> None:
+    part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+    if name is not None and not re.fullmatch(f"{part}/{part}", name):
+        raise ConfigError(
+            "evaluate.push_to_hub is not the name of a repository.",
+            value=name,
+            rule="owner/name: letters, digits, '.', '_' and '-', none of these three at an end",
+            remedy="correct evaluate.push_to_hub, or set it to null",
         )
 
 

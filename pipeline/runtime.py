@@ -1,29 +1,22 @@
-"""How a run uses its machine: threads, device, dtype and progress; each choice with its reason.
+"""How a run uses its machine: threads, device and dtype; each choice with its reason.
 
 Nothing here decides what is computed beyond rounding, and no choice rests on a timed probe.
 """
 
-import contextlib
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipeline import loggers
 from pipeline.config import Device, Dtype, RuntimeConfig
-from pipeline.errors import ResourceError
+from pipeline.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, note)."""
-
-PLAIN_INTERVAL_S = 5.0
-
-
-def silent(done: int, total: int, note: str = "") -> None:
-    """The progress of a call that nobody watches."""
+OWN_CALLS = {"HF_HUB_DISABLE_TELEMETRY": "1", "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
+OWN_CALLS["ITERATIVE_DO_NOT_TRACK"] = "1"  # DVC and DVCLive
+"""What keeps libraries from reporting home, where the user has not said otherwise."""
 
 
 def warn(text: str) -> None:
@@ -31,19 +24,46 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def tell(name: str, value: object, reason: str) -> None:
+    """Say what was chosen for this run, and why."""
+    print(f"{name}: {value} ({reason})", flush=True)
+
+
+def check_platform() -> None:
+    """Refuse what this does not run on; raises `ConfigError`."""
+    if sys.platform == "win32":
+        raise ConfigError(
+            "Windows itself is not supported.",
+            value=f"{sys.platform}, Python {sys.version.split()[0]}",
+            rule="Linux or macOS: locks, hard links and renames as POSIX has them",
+            remedy="run it in WSL 2 (`wsl --install`), in a folder of the Linux file system",
+        )
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def configure(cfg: RuntimeConfig) -> None:
-    """Set up threads and other libraries' bars before torch is imported.
+    """Set up threads and other libraries' bars before torch is imported; raises `ConfigError`.
 
     OpenMP's threads spin while they wait; on shared cores that made a small Llama's step 6 times
     slower (2.5 s against 0.4 s), so they are told to sleep.
     """
-    threads = str(cfg.threads or len(os.sched_getaffinity(0)))
+    loggers.check(cfg.logger)
+    threads = str(cfg.threads or cores())
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name, value in OWN_CALLS.items():
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():  # other libraries' live bars are noise in a log
         os.environ.setdefault("TQDM_DISABLE", "1")
+    tell("threads", threads, "configured" if cfg.threads else "every core that it may use")
 
 
 def pick_device(cfg: RuntimeConfig) -> "torch.device":
@@ -62,7 +82,7 @@ def pick_device(cfg: RuntimeConfig) -> "torch.device":
     reason = "configured" if cfg.device is not Device.auto else "CUDA is available" * available
     name = torch.cuda.get_device_name() if use_cuda else f"{torch.get_num_threads()} threads"
     device = torch.device("cuda" if use_cuda else "cpu")
-    print(f"device: {device.type}, {name} ({reason or 'no CUDA device'})", flush=True)
+    tell("device", f"{device.type}, {name}", reason or "no CUDA device")
     return device
 
 
@@ -76,7 +96,7 @@ def pick_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
         chosen, reason = torch.bfloat16, "the hardware has bf16 matrix units"
     else:
         chosen, reason = torch.float32, "the CPU has no bf16 matrix units"
-    print(f"dtype: {str(chosen).removeprefix('torch.')} ({reason})", flush=True)
+    tell("dtype", str(chosen).removeprefix("torch."), reason)
     return chosen
 
 
@@ -84,70 +104,5 @@ def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AMX), by its feature flags."""
     import torch
 
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-@contextlib.contextmanager
-def progress(title: str, unit: str = "steps") -> Iterator[Progress]:
-    """One live line on a terminal, a plain line every few seconds elsewhere.
-
-    Rate and remaining time come from this run's own work: what was done before the first call
-    (adopted or resumed) counts towards neither.
-    """
-    with _live(title, unit) if sys.stderr.isatty() else _plain(title, unit) as show:
-        first: tuple[float, int] | None = None
-
-        def report(done: int, total: int, note: str = "") -> None:
-            nonlocal first
-            now = time.monotonic()
-            first = first or (now, done)
-            own, elapsed = done - first[1], now - first[0]
-            show(done, total, note, own / elapsed if own and elapsed else None)
-
-        yield report
-
-
-@contextlib.contextmanager
-def _live(title: str, unit: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, note="")
-
-        def show(done: int, total: int, note: str, rate: float | None) -> None:
-            bar.update(
-                task, completed=done, total=total, note=_pace(done, total, unit, rate) + note
-            )
-
-        yield show
-
-
-@contextlib.contextmanager
-def _plain(title: str, unit: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
-    shown = 0.0
-
-    def show(done: int, total: int, note: str, rate: float | None) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown < PLAIN_INTERVAL_S and done < total:
-            return
-        shown = now
-        line = f"{title}: {done}/{total} {_pace(done, total, unit, rate)}{note}"
-        print(line.rstrip(), file=sys.stderr, flush=True)
-
-    yield show
-
-
-def _pace(done: int, total: int, unit: str, rate: float | None) -> str:
-    if rate is None:
-        return f"{unit}  "
-    left = f", {(total - done) / rate:,.0f} s left" if done < total else ""
-    return f"{unit}, {rate:,.{0 if rate >= 10 else 1}f}/s{left}  "
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not in every build
+    return bool(supported and supported())

@@ -27,7 +27,7 @@ from pipeline.ffn import DenseFFN
 from pipeline.heal import divergence
 from pipeline.kernels import pick_kernel
 from pipeline.moe import SparseMoE
-from pipeline.runtime import Progress, silent
+from pipeline.progress import Progress, silent
 from pipeline.shape import MoEShape
 from pipeline.start import start_layer
 from pipeline.store import LayerReader
@@ -70,7 +70,7 @@ def measure(
             remedy="set moe.budget.by=uniform",
         )
     slots = find_ffns(model)
-    kls = workdir.read_json(known) if known.exists() else {}
+    kls = workdir.read_sealed(known) if known.exists() else {}
     total = sum(map(len, plans.values()))
     for k, of in plans.items():
         measured = kls.setdefault(str(k), {})
@@ -82,7 +82,7 @@ def measure(
                 )
                 moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed)
                 measured[name] = _finite(layer_kl(model, slots[k], moe, blocks), k, name)
-                workdir.write_json(known, kls)
+                workdir.write_sealed(known, kls)
             done = sum(map(len, kls.values()))
             progress(done, total, f"layer {k} at {name}: KL {measured[name]:.4g}")
     return {int(k): of for k, of in kls.items()}

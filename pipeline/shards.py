@@ -7,8 +7,8 @@ path, which is the reference in the tests. Every chunk is also held against the 
 commit recorded, so a shard that is whole but lies in another's place is refused too.
 """
 
-import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ArtifactError
+from pipeline.workdir import expose
 
 # Blosc's own threads are global and not safe under ours; zarr switches them off as well.
 numcodecs.blosc.use_threads = False
@@ -29,24 +30,6 @@ INDEX_ENTRY = 16  # bytes: offset and length, little-endian uint64
 CRC = 4
 ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that was not written
 READ_BLOCK = 1 << 20  # stays in the cache between the read and its checksum
-
-
-def row_layout(
-    sequence_length: int, row_bytes: int, chunk_mb: float, shard_mb: float
-) -> tuple[int, int]:
-    """(chunk_rows, shard_rows) nearest to the wanted raw megabytes.
-
-    A chunk is a whole number of sequences, or a whole fraction of one; a shard is a whole number
-    of both. A sequence whose length has no useful divisor becomes one chunk however long it is.
-    """
-    wanted = max(1.0, chunk_mb * 1e6 / row_bytes)
-    if wanted >= sequence_length:
-        chunk_rows = int(wanted // sequence_length) * sequence_length
-    else:
-        divisors = [n for n in range(1, sequence_length + 1) if sequence_length % n == 0]
-        chunk_rows = min(divisors, key=lambda n: abs(math.log(n / wanted)))
-    unit = max(chunk_rows, sequence_length)
-    return chunk_rows, max(1, int(shard_mb * 1e6 / row_bytes / unit)) * unit
 
 
 def shard_key(k: int) -> str:
@@ -72,6 +55,7 @@ def file_checksum(path: Path) -> int:
 
 
 def damaged(path: Path, why: str) -> ArtifactError:
+    expose(path)
     return ArtifactError(
         "An activation store is damaged or incomplete.",
         value=f"{path.absolute()}: {why}",
@@ -115,50 +99,75 @@ class ShardedArray:
         Raises:
             ArtifactError: the chunk is missing, or its bytes are not those committed.
         """
-        stored = self._verified(chunk)
-        if not self.compressed:
-            begin = first * self.row_bytes
-            out[:] = stored[begin : begin + out.size].reshape(out.shape)
-        elif len(out) == self.chunk_rows:
-            numcodecs.blosc.decompress(stored, out)
-        else:
-            whole = np.empty((self.chunk_rows, self.row_bytes), np.uint8)
-            numcodecs.blosc.decompress(stored, whole)
-            out[:] = whole[first : first + len(out)]
+        whole = len(out) == self.chunk_rows
+        if whole and not self.compressed:
+            self._read(chunk, out.reshape(-1))
+            return
+        stored = self._read(chunk)
+        try:
+            if not self.compressed:
+                begin = first * self.row_bytes
+                out[:] = stored[begin : begin + out.size].reshape(out.shape)
+            elif whole:
+                numcodecs.blosc.decompress(stored, out)
+            else:
+                rows = np.empty((self.chunk_rows, self.row_bytes), np.uint8)
+                numcodecs.blosc.decompress(stored, rows)
+                out[:] = rows[first : first + len(out)]
+        except (ValueError, RuntimeError) as error:  # sound, and of another width
+            path = self.folder / shard_key(chunk // self.chunks_per_shard)
+            raise damaged(path, f"chunk {chunk % self.chunks_per_shard}: {error}") from None
 
-    def _verified(self, chunk: int) -> Bytes:
-        """The stored bytes of a chunk, without their checksum."""
+    def _read(self, chunk: int, into: Bytes | None = None) -> Bytes:
+        """The stored bytes of a chunk, checked; without `into` good until this thread's next."""
         k, local = divmod(chunk, self.chunks_per_shard)
         path = self.folder / shard_key(k)
         offset, length = map(int, self._index(k, path)[local])
-        stored = _pread(path, length, offset)
-        crc = google_crc32c.value(stored[:-CRC])
-        if not crc == _parse_crc(stored[-CRC:]) == self.shards[k].chunks[local]:
+        stored = _scratch.of(length - CRC) if into is None else into
+        checksum = np.empty(CRC, np.uint8)
+        _pread(path, offset, stored, checksum)
+        if not google_crc32c.value(stored) == _parse_crc(checksum) == self.shards[k].chunks[local]:
             raise damaged(path, f"chunk {local} does not match its checksum")
-        return stored[:-CRC]
+        return stored
 
     def _index(self, k: int, path: Path) -> NDArray[np.uint64]:
         if k not in self._indices:
             size = INDEX_ENTRY * self.chunks_per_shard + CRC
-            index = _parse_index(_pread(path, size, self.shards[k].size - size))
+            tail = np.empty(size, np.uint8)
+            _pread(path, self.shards[k].size - size, tail)
+            index = _parse_index(tail)
             if index is None:
                 raise damaged(path, "its index does not match its checksum")
             self._indices[k] = index
         return self._indices[k]
 
 
-def _pread(path: Path, length: int, offset: int) -> Bytes:
+class _Scratch(threading.local):
+    """Memory for stored bytes, kept: fresh pages cost as much as reading into them."""
+
+    memory = np.empty(0, np.uint8)
+
+    def of(self, size: int) -> Bytes:
+        if len(self.memory) < size:
+            self.memory = np.empty(size, np.uint8)
+        return self.memory[:size]
+
+
+_scratch = _Scratch()
+
+
+def _pread(path: Path, offset: int, *into: Bytes) -> None:
+    """Fill the buffers from a file, one behind the other."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise damaged(path, "it is missing") from None
     try:
-        stored = np.frombuffer(os.pread(descriptor, length, offset), np.uint8)
+        read = os.preadv(descriptor, [part.data for part in into], offset)
     finally:
         os.close(descriptor)
-    if len(stored) != length:
+    if read != sum(map(len, into)):
         raise damaged(path, "it ends early")
-    return stored
 
 
 def _parse_index(tail: Bytes) -> NDArray[np.uint64] | None:

@@ -1,8 +1,10 @@
 """One layer's activations: a compressed Zarr v3 group that is complete or refused.
 
 `layer_K.zarr/<split>/{input,output}` are arrays of (tokens, d_model) in token-stream order, which
-any Zarr reader opens; bfloat16 lies there as uint16, and says so. Shard k of a split is a fixed
-range of its tokens, written whole and made durable before its commit is (`pipeline.commits`).
+any Zarr reader opens; bfloat16 lies there as uint16, and says so. With `capture.store=input` there
+is no `output`: the dense FFN beside the store, which its metadata names with its SHA-256, computes
+it again. Shard k of a split is a fixed range of its tokens, written whole and made durable before
+its commit is (`pipeline.commits`).
 That is needed because zarr reads a missing or empty shard as zeros, without an error, and never
 calls fsync. Checksums are taken while the bytes are written: nothing is read again for them.
 
@@ -25,8 +27,11 @@ from pipeline import commits, hierarchy, shuffle
 from pipeline.commits import ARRAYS, Layout
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError, InputError
-from pipeline.shards import Shard, ShardedArray, damaged, row_layout, shard_key
+from pipeline.ffn import DenseFFN
+from pipeline.shards import Shard, ShardedArray, damaged, shard_key
 from pipeline.shuffle import Pair
+from pipeline.volume import row_layout
+from pipeline.workdir import file_digest
 
 MIX_CHUNKS = 32
 """Chunks that are permuted together when a split does not stay in memory: twice this many of each
@@ -76,6 +81,7 @@ class LayerWriter:
         shard_mb: float,
         chunk_mb: float,
         attributes: dict[str, Any],
+        outputs_from: Path | None = None,
     ) -> "LayerWriter":
         """Create the store, or go on with what an interrupted run left of it.
 
@@ -85,6 +91,8 @@ class LayerWriter:
             sequence_length: tokens; a shard holds a whole number of sequences.
             shard_mb, chunk_mb: wanted raw megabytes per array.
             attributes: JSON values that say what the store was made from.
+            outputs_from: a `DenseFFN` saved beside the store, which then holds inputs alone; null
+                = it holds both.
 
         Raises:
             ArtifactError: the store there was begun with other settings; they are named.
@@ -92,7 +100,8 @@ class LayerWriter:
         assert min(rows.values()) > 0, "every split holds something"
         row_bytes = d_model * dtype.itemsize
         chunk_rows, shard_rows = row_layout(sequence_length, row_bytes, chunk_mb, shard_mb)
-        layout = Layout(rows, d_model, dtype, sequence_length, codec, chunk_rows, shard_rows)
+        named = outputs_from and (outputs_from.name, file_digest(outputs_from))
+        layout = Layout(rows, d_model, dtype, sequence_length, codec, chunk_rows, shard_rows, named)
         metadata = hierarchy.metadata(layout, attributes)
         if path.exists():
             hierarchy.check(path, metadata)
@@ -120,7 +129,9 @@ class LayerWriter:
         return True
 
     def write_shard(self, split: str, k: int, ffn_input: Tensor, ffn_output: Tensor) -> None:
-        """Write rows `shard_range(k)` of both arrays; durable and committed on return.
+        """Write rows `shard_range(k)` of every array; durable and committed on return.
+
+        The output is held against the same rules where it is not kept.
 
         Args:
             ffn_input, ffn_output: CPU tensors (rows of the shard, d_model) of the store's dtype.
@@ -140,7 +151,7 @@ class LayerWriter:
             (self.path / key).unlink(missing_ok=True)
         chunks_per_shard = self.shard_rows // self.layout.chunk_rows
         shards = {}
-        for name, rows in pairs:
+        for name, rows in pairs[: len(self.layout.arrays)]:
             array = f"{split}/{name}"
             shards |= hierarchy.write_rows(self.path, array, start, rows, chunks_per_shard)
         commits.write_commit(self.path, self.layout, split, k, shards)
@@ -167,17 +178,26 @@ class LayerWriter:
 class LayerReader:
     """Reads a complete store; everything that it yields has been checked against its commit.
 
+    Of a store of inputs the outputs are computed by the dense FFN, in its own dtype, and rounded as
+    stored ones are: chunk by chunk, so that a row's output does not depend on what is read with it.
+
+    Args:
+        device: where outputs are computed; all rows are given on the CPU.
+
     Raises:
         ArtifactError: a commit or a file is missing, damaged, or another's; it is named.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        self.path, self._device = path, device
         self._layout, self.attributes, self._commits = commits.read_complete(path)
         self.d_model, self.dtype = self._layout.d_model, self._layout.dtype
         self.sequence_length, self.rows = self._layout.sequence_length, self._layout.rows
-        self._arrays = {split: [self._array(split, a) for a in ARRAYS] for split in self.rows}
+        arrays = self._layout.arrays
+        self._arrays = {split: [self._array(split, a) for a in arrays] for split in self.rows}
         self._kept: dict[str, Pair] = {}
+        self._spare: dict[str, list[tuple[Pair, Pair]]] = {}
+        self._read_ffn: DenseFFN | None = None
 
     def digest(self) -> str:
         """SHA-256 of what the commits record: equal for equal stores, wherever they lie."""
@@ -190,13 +210,16 @@ class LayerReader:
         size = self._layout.chunk_rows
         pair = self._empty(stop - start)
 
-        def fill(chunk: int) -> None:
+        def part(chunk: int) -> tuple[Pair, int]:
             first, last = max(start, chunk * size), min(stop, (chunk + 1) * size)
             x, y = (rows[first - start : last - start] for rows in pair)
-            self._read_chunk(split, chunk, (x, y), first - chunk * size)
+            return (x, y), first - chunk * size
 
+        chunks = range(start // size, -(-stop // size))
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(fill, range(start // size, -(-stop // size))))
+            list(threads.map(lambda chunk: self._read_chunk(split, chunk, *part(chunk)), chunks))
+        for chunk in chunks:
+            self._compute_outputs(split, chunk, *part(chunk))
         return pair
 
     def batches(
@@ -235,6 +258,8 @@ class LayerReader:
             for key, recorded in commit["objects"].items():
                 commits.check_object(self.path, key, recorded)
                 known.add(self.path / key)
+        if self._layout.outputs_from:
+            self._ffn()
         for path in sorted(self.path.rglob("*")):
             if path.is_file() and path not in known:
                 raise damaged(path, "no commit knows it")
@@ -268,27 +293,60 @@ class LayerReader:
         yield self._kept[split]
 
     def _stream(self, split: str, windows: list[list[int]], left: range) -> Iterator[Pair]:
-        """The windows of `left`, read in a thread into two buffers by turns."""
+        """The windows of `left`, read ahead into two buffers by turns.
+
+        Buffers are kept for the next epoch: fresh pages cost as much as reading into them.
+        """
         rows = min(MIX_CHUNKS * self._layout.chunk_rows, self.rows[split])
-        buffers = [self._empty(rows), self._empty(rows)]
+        spare = self._spare.setdefault(split, [])
+        buffers = spare.pop() if spare else (self._empty(rows), self._empty(rows))
 
         def load(w: int) -> Pair:
             x, y = buffers[w % 2]
-            end = 0
-            for chunk in windows[w]:
-                begin, end = end, end + self._chunk_rows(split, chunk)
-                self._read_chunk(split, chunk, (x[begin:end], y[begin:end]))
+            sizes = [self._chunk_rows(split, chunk) for chunk in windows[w]]
+            end = sum(sizes)
+            parts = list(zip(x[:end].split(sizes), y[:end].split(sizes), strict=True))
+            list(threads.map(lambda c, part: self._read_chunk(split, c, part), windows[w], parts))
+            for chunk, part in zip(windows[w], parts, strict=True):
+                self._compute_outputs(split, chunk, part)
             return x[:end], y[:end]
 
-        return shuffle.prefetch(load, left)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            yield from shuffle.prefetch(load, left)
+        spare.append(buffers)
 
     def _chunk_rows(self, split: str, chunk: int) -> int:
         return min(self._layout.chunk_rows, self.rows[split] - chunk * self._layout.chunk_rows)
 
     def _read_chunk(self, split: str, chunk: int, pair: Pair, first: int = 0) -> None:
-        """Fill both tensors of `pair` with the rows of a chunk from its row `first` on."""
-        for array, rows in zip(self._arrays[split], pair, strict=True):
+        """Fill what is stored of `pair` with the rows of a chunk from its row `first` on."""
+        for array, rows in zip(self._arrays[split], pair, strict=False):
             array.read_rows(chunk, rows.view(torch.uint8).numpy(), first)
+
+    @torch.no_grad()
+    def _compute_outputs(self, split: str, chunk: int, pair: Pair, first: int = 0) -> None:
+        """Fill the outputs of `pair` where they are not stored."""
+        if self._layout.outputs_from is None:
+            return
+        x_TD, y_TD = pair
+        if len(x_TD) < self._chunk_rows(split, chunk):  # a product depends on how many rows it has
+            x_TD = self._empty(self._chunk_rows(split, chunk))[0]
+            self._arrays[split][0].read_rows(chunk, x_TD.view(torch.uint8).numpy())
+        ffn = self._ffn()
+        given_TD = ffn(x_TD.to(ffn.up_proj.device, ffn.up_proj.dtype))
+        y_TD.copy_(given_TD[first : first + len(y_TD)])
+
+    def _ffn(self) -> DenseFFN:
+        """What gives the outputs of a store that has none; read once."""
+        if self._read_ffn is None:
+            assert self._layout.outputs_from
+            name, digest = self._layout.outputs_from
+            path = self.path.parent / Path(name).name
+            if file_digest(path) != digest:
+                raise damaged(path, "it is not the FFN whose inputs were captured")
+            ffn = DenseFFN.load(path)
+            self._read_ffn = ffn.to(self._device, ffn.up_proj.dtype)
+        return self._read_ffn
 
     def _empty(self, rows: int) -> Pair:
         shape = (rows, self.d_model)

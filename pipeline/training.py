@@ -15,6 +15,7 @@ held still, and its two terms are 0.
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,23 +25,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import resume
+from pipeline import preflight, resume
 from pipeline.config import DynamicConfig, MoEConfig, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.kernels import pick_kernel
 from pipeline.layers import save_layer, write_history
+from pipeline.loggers import Log, no_log
 from pipeline.moe import SparseMoE, fit_thresholds
+from pipeline.progress import Progress, silent
 from pipeline.reallocation import ExpertLosses, plan_widths, resize_experts
 from pipeline.router import load_balance_loss, router_z_loss, routing_statistics
-from pipeline.runtime import Progress, silent, warn
+from pipeline.runtime import tell, warn
 from pipeline.shape import MoEShape
 from pipeline.start import start_layer
 from pipeline.store import LayerReader, Rows
 from pipeline.synthetic import SyntheticRows
 
+LAST_GOOD = "last_good"
+"""In the work folder of a layer whose training stopped: its best state, as a layer."""
+
 ROUTING = ("dead_experts", "load_max_over_mean", "load_entropy", "unserved_tokens")
 """What of the routing of the validation rows goes to the history."""
+
+
+class StoppedError(Exception):
+    """Training cannot go on; says how, with what value, under which rule, and the remedy."""
+
+    def __init__(self, how: str, value: str, rule: str, remedy: str) -> None:
+        super().__init__(how)
+        self.how, self.value, self.rule, self.remedy = how, value, rule, remedy
 
 
 @dataclass
@@ -78,6 +92,7 @@ def fit_layer(
     dtype: torch.dtype,
     start: SparseMoE | None = None,
     progress: Progress = silent,
+    log: Log = no_log,
 ) -> SparseMoE:
     """Fit one layer, write it to `folder` and return it in evaluation mode.
 
@@ -86,11 +101,16 @@ def fit_layer(
         folder: may hold the checkpoint that an interrupted call left.
         dtype: of the matrix products; weights and optimizer are float32.
         start: the untrained layer, where it is made already; null = `start.start_layer`.
+        log: gets each row of the history and its learning rate.
 
     Raises:
         InputError: fewer training rows than one batch.
-        ArtifactError: the loss is not finite; the last good checkpoint stays.
+        ResourceError: there is no room for its checkpoints.
+        ArtifactError: the loss is not finite, or the routing collapses: all tokens take the same
+            experts, which they did not before. The best state until then is kept in `LAST_GOOD`,
+            as a layer; it is not published.
     """
+    _check_widths(reader, ffn, plan)
     steps_per_epoch = reader.rows["train"] // cfg.batch_size
     if cfg.epochs and not steps_per_epoch:
         raise InputError(
@@ -113,21 +133,41 @@ def fit_layer(
         total=cfg.epochs * steps_per_epoch,
         start=start,
     )
-    if (folder / resume.CHECKPOINT).is_file():
-        _restore(fit, folder / resume.CHECKPOINT)
-    else:
-        _validate(fit, objective)
-    for ffn_input, ffn_output in _remaining(rows, cfg, seed, fit.step, steps_per_epoch):
-        if _is_stalled(fit, cfg.patience):
-            break
-        terms = step(fit, objective, ffn_input.to(device), ffn_output.to(device))
-        if fit.step % cfg.evaluate_every == 0 or fit.step == fit.total:
-            _validate(fit, objective, terms)
-        if fit.step % cfg.checkpoint_every == 0:
-            _check_finite(fit.step, terms)
-            _save(fit, folder / resume.CHECKPOINT)
-        progress(fit.step, fit.total, _note(fit))
+    learning = sum(p.numel() for p in fit.moe.parameters())
+    lever = "a smaller layer (moe.n_experts, moe.d_ff_expert) takes less in proportion"
+    preflight.check_checkpoints(f"layer {fit.layer}", folder, learning, lever)
+    try:
+        if (folder / resume.CHECKPOINT).is_file():
+            _restore(fit, folder / resume.CHECKPOINT)
+        else:
+            _validate(fit, objective)
+        for ffn_input, ffn_output in _remaining(rows, cfg, seed, fit.step, steps_per_epoch):
+            if _is_stalled(fit, cfg.patience):
+                break
+            terms = step(fit, objective, ffn_input.to(device), ffn_output.to(device))
+            if fit.step % cfg.evaluate_every == 0 or fit.step == fit.total:
+                _validate(fit, objective, terms)
+                log({**fit.history[-1], "learning_rate": fit.optimizer.param_groups[-1]["lr"]})
+            if fit.step % cfg.checkpoint_every == 0:
+                _check_finite(fit.step, terms)
+                _save(fit, folder / resume.CHECKPOINT)
+            progress(fit.step, fit.total, _note(fit))
+    except StoppedError as stopped:
+        raise _keep_last_good(fit, plan, folder, stopped) from None
     return _finish(fit, plan, folder)
+
+
+def _check_widths(reader: LayerReader, ffn: DenseFFN, plan: Mapping[str, Any]) -> None:
+    wanted = plan["shape"]["d_model"], plan["shape"]["d_ff"]
+    found = {"store": (reader.d_model, wanted[1]), "dense FFN": (ffn.d_model, ffn.d_ff)}
+    wrong = [f"{name} has {sizes}" for name, sizes in found.items() if sizes != wanted]
+    if wrong:
+        raise ArtifactError(
+            f"What layer {plan['layer']} would be fitted to is another model's.",
+            value=f"(d_model, d_ff) {wanted} planned; {', '.join(wrong)}; {reader.path.absolute()}",
+            rule="store, dense FFN and plan of a layer have one width",
+            remedy="run `dvc repro capture budget`",
+        )
 
 
 def begin(
@@ -155,7 +195,7 @@ def begin(
     moe.kernel, reason = pick_kernel(device.type, objective.dtype, moe.shape, kernel)
     alone = moe.shape.routing == "token_choice" and moe.shape.top_k == 1
     held = plan["init"] == "specialist" and alone
-    print(f"layer {layer}: kernel {moe.kernel} ({reason})", flush=True)
+    tell(f"kernel of layer {layer}", moe.kernel, reason)
     fit = Fit(
         layer=layer,
         moe=moe,
@@ -331,6 +371,7 @@ def _validate(fit: Fit, objective: Objective, terms: Mapping[str, Tensor] | None
     row = {name: float(term) for name, term in (terms or {}).items()}
     row |= objective.validate(fit.moe)
     _check_finite(fit.step, row)
+    _check_collapse(fit, row)
     _warn(fit, row)
     fit.history.append({"step": fit.step, **row})
     if row["validation_loss"] < fit.best_loss:
@@ -369,18 +410,50 @@ def _warn(fit: Fit, row: Mapping[str, float]) -> None:
 def _check_finite(step: int, row: Mapping[str, Tensor | float]) -> None:
     bad = [f"{name}={float(x)}" for name, x in row.items() if not math.isfinite(x)]
     if bad:
-        raise ArtifactError(
-            f"Training diverged at step {step}.",
-            value=", ".join(bad),
-            rule="every loss is finite",
-            remedy="lower train.learning_rate, or capture in bfloat16; other layers are unharmed",
+        raise StoppedError(
+            f"diverged at step {step}",
+            ", ".join(bad),
+            "every loss is finite",
+            "lower train.learning_rate, or capture in bfloat16",
         )
+
+
+def _check_collapse(fit: Fit, row: Mapping[str, float]) -> None:
+    """Whether all tokens take the same experts, and took others before."""
+    idle = fit.moe.shape.n_experts - fit.moe.shape.top_k
+    collapsed = 0 < idle == row["dead_experts"] and fit.moe.shape.routing == "token_choice"
+    if collapsed and any(before["dead_experts"] < idle for before in fit.history):
+        raise StoppedError(
+            f"collapsed at step {fit.step}",
+            f"{idle} of {fit.moe.shape.n_experts} experts get no token of validation",
+            f"tokens take more than the same top_k={fit.moe.shape.top_k} experts",
+            "raise train.load_balance_coef, or lower train.router_learning_rate",
+        )
+
+
+def _keep_last_good(
+    fit: Fit, plan: Mapping[str, Any], folder: Path, stopped: StoppedError
+) -> ArtifactError:
+    """Write the best state until now beside the checkpoint; returns what is to be raised."""
+    kept = "no state before it was good"
+    if fit.history:
+        good = folder / LAST_GOOD
+        good.mkdir(exist_ok=True)
+        _write(fit, plan, good)
+        kept = f"the last good state, of step {fit.best_step}, is kept in {good.absolute()}"
+    return ArtifactError(
+        f"Training of layer {fit.layer} {stopped.how}.",
+        value=f"{stopped.value}; {kept}",
+        rule=stopped.rule,
+        remedy=f"{stopped.remedy}; other layers are unharmed",
+    )
 
 
 def _note(fit: Fit) -> str:
     last = fit.history[-1]
-    cosine = f"validation cosine {last['validation_cosine_sim']:.4f}"
-    return f"loss {last['loss']:.4f}, {cosine}" if "loss" in last else cosine
+    told = [f"loss {last['loss']:.4f}"] if "loss" in last else []
+    told.append(f"validation cosine {last['validation_cosine_sim']:.4f}")
+    return ", ".join([*told, f"{last['dead_experts']:.0f} dead experts"])
 
 
 def _copy(moe: SparseMoE) -> dict[str, Tensor]:
@@ -410,6 +483,13 @@ def _restore(fit: Fit, path: Path) -> None:
 
 
 def _finish(fit: Fit, plan: Mapping[str, Any], folder: Path) -> SparseMoE:
+    shutil.rmtree(folder / LAST_GOOD, ignore_errors=True)  # of a call that ended otherwise
+    _write(fit, plan, folder)
+    (folder / resume.CHECKPOINT).unlink(missing_ok=True)
+    return fit.moe.eval()
+
+
+def _write(fit: Fit, plan: Mapping[str, Any], folder: Path) -> None:
     fit.moe.adopt(fit.best_shape, fit.best)
     write_history(folder, fit.history)
     best = next(row for row in fit.history if row["step"] == fit.best_step)
@@ -418,5 +498,3 @@ def _finish(fit: Fit, plan: Mapping[str, Any], folder: Path) -> SparseMoE:
     if fit.sizes:
         trained["sizes"] = fit.sizes
     save_layer(fit.moe, folder, {**plan, "training": trained})
-    (folder / resume.CHECKPOINT).unlink(missing_ok=True)
-    return fit.moe.eval()

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from pipeline import workdir
+from pipeline import preflight, workdir
 from pipeline.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -143,6 +143,7 @@ def write(
 
     Raises:
         ConfigError: `max_shard_size` is no size.
+        ResourceError: there is no room for them.
     """
     pattern = "model{suffix}.safetensors"
     try:
@@ -156,6 +157,11 @@ def write(
             rule="a whole number and one of KB, MB, GB, TB",
             remedy="for example convert.max_shard_size=2GB",
         ) from None
+    here = [folder / name for name in split.filename_to_tensors]
+    taken = sum(512 * p.stat().st_blocks for p in here if p.exists())  # by an interrupted call
+    total = sum(t.numel() * t.itemsize for t in planned.values())
+    lever = "fewer or narrower experts (moe.n_experts, moe.d_ff_expert) take less in proportion"
+    preflight.check_disk("the checkpoint", folder, max(0, total - taken), [lever])
     with ExitStack() as opened:
         places: dict[str, tuple[Any, int]] = {}
         for filename, names in split.filename_to_tensors.items():

@@ -14,12 +14,15 @@ it runs and the seed (one of the settings); never a path, a host or a time.
 import ast
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
@@ -28,9 +31,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipeline import preflight
 from pipeline.errors import ArtifactError, ResourceError
 
 MANIFEST = "manifest.json"
+SEAL = "digest"
+"""The key under which a sealed JSON file holds the digest of all else in it."""
+STAGES = ("dense", "tokens", "capture", "budget", "train", "heal", "convert", "evaluate")
+DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 PACKAGE = Path(__file__).parent
 RECORDED_VERSIONS = ("torch", "transformers", "datasets", "zarr", "numcodecs", "tokenizers")
 
@@ -78,14 +86,33 @@ def produce(
         if _is_complete(work):
             print(f"{out}: found complete in {work}", flush=True)
         else:
-            work.mkdir(parents=True, exist_ok=True)
-            compute(work)
+            _compute(compute, work, unit)
             write_manifest(work, {"module": module, "fingerprint": fingerprint, **identity})
         if not published:
             return work
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(work, out)
     return out
+
+
+computed: dict[str, float] = {}
+"""Unit -> seconds of what this process computed from beginning to end; see `measured.py`."""
+
+
+def _compute(compute: Callable[[Path], None], work: Path, unit: str) -> None:
+    """Run `compute`; what the machine lacks becomes a `ResourceError` that names the unit."""
+    began = time.monotonic()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        anew = not any(work.iterdir())
+        compute(work)
+    except Exception as error:
+        refused = preflight.refusal(error, f"{unit} is not finished, what it had done is kept")
+        if refused is None:
+            raise
+        raise refused from error
+    if anew:
+        computed[unit] = time.monotonic() - began
 
 
 @contextlib.contextmanager
@@ -97,13 +124,13 @@ def lock(path: Path, wait_s: float) -> Iterator[None]:
         try:
             held.acquire(timeout=0)
         except Timeout:
-            print(f"waiting up to {wait_s:.0f} s for {_read_holder(holder)}", flush=True)
+            print(f"waiting up to {wait_s:g} s for {read_holder(holder)}", flush=True)
             held.acquire(timeout=wait_s)
     except Timeout:
         raise ResourceError(
-            f"Another run works on {path}.",
-            value=_read_holder(holder),
-            rule=f"one run at a time; waited runtime.lock_wait_s={wait_s:.0f} s",
+            f"Another run works on {path.absolute()}.",
+            value=read_holder(holder),
+            rule=f"one run at a time; waited runtime.lock_wait_s={wait_s:g} s",
             remedy="let it finish or stop it by its pid, then run the same command again",
         ) from None
     try:
@@ -114,66 +141,129 @@ def lock(path: Path, wait_s: float) -> Iterator[None]:
         held.release()
 
 
-def _read_holder(path: Path) -> str:
+def read_holder(path: Path) -> str:
+    """Who wrote that file: `pid 1 on host`."""
     try:
-        return path.read_text()
+        named = path.read_text()
     except OSError:
-        return "a run that has not named itself"
+        named = ""
+    return named or "a run that has not named itself"
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write durably, keys in order; never NaN."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write durably: a reader sees the whole file or none."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, sort_keys=True, allow_nan=False)
-        file.write("\n")
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file of ours; `ArtifactError` when it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        preflight.let_through(error)
         raise ArtifactError(
             "A file of an artefact cannot be read.",
             value=f"{path.absolute()}: {error}",
             rule="a complete JSON file",
-            remedy="run the stage that writes it again (`dvc repro`)",
+            remedy=how_to_redo(path),
         ) from None
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` of a file that vouches for itself: `read_sealed` refuses any other content."""
+    plain = {key: value for key, value in content.items() if key != SEAL}
+    write_json(path, {**plain, SEAL: _digest_json(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` was given; `ArtifactError` when that is not what the file holds."""
+    content = read_json(path)
+    seal = content.pop(SEAL, None) if isinstance(content, dict) else None
+    if seal is None or seal != _digest_json(content):
+        raise _damaged(path, "it does not match its own digest")
+    return content
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages on which numbers depend."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: version(name) for name in RECORDED_VERSIONS}}
 
 
 def write_manifest(folder: Path, identity: dict[str, Any]) -> None:
     """Seal a folder: the digest of every file, and what they were made from."""
+    for left in folder.rglob("*.partial"):  # by a kill, its own manifest's too
+        left.unlink()
     files = {str(p.relative_to(folder)): _digest_file(p) for p in _files(folder)}
-    versions = {name: version(name) for name in RECORDED_VERSIONS}
-    python = ".".join(map(str, sys.version_info[:3]))
     for path in _files(folder):
-        _fsync(path)
-    write_json(
+        fsync(path)
+    write_sealed(
         folder / MANIFEST,
-        {**identity, "files": files, "versions": {"python": python, **versions}},
+        {**identity, "files": files, "versions": versions()},
     )
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Re-hash a sealed folder and return its manifest; `ArtifactError` names what is wrong."""
-    manifest = read_json(folder / MANIFEST)
-    recorded = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(recorded, dict):
-        raise _damaged(folder / MANIFEST, "it lists no files")
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Of a sealed folder, whose files are not read; `ArtifactError` when it is not sound."""
+    manifest = read_sealed(folder / MANIFEST)
+    parts = manifest.get("files"), manifest.get("settings", {}), manifest.get("inputs", {})
+    if not all(isinstance(part, dict) for part in parts):
+        raise _damaged(folder / MANIFEST, "it lists no files, settings or inputs")
+    if not all(isinstance(recorded, str) for recorded in manifest["files"].values()):
+        raise _damaged(folder / MANIFEST, "it records what is no SHA-256")
+    return manifest
+
+
+def verify(folder: Path, *patterns: str) -> dict[str, Any]:
+    """Re-hash a sealed folder and return its manifest; `ArtifactError` names what is wrong.
+
+    Args:
+        patterns: of `fnmatch`, over paths below the folder: only these files; none = all.
+    """
+    manifest = read_manifest(folder)
     present = {str(p.relative_to(folder)) for p in _files(folder)}
-    for name in sorted(recorded.keys() | present):
+    recorded = manifest["files"]
+    names = recorded.keys() | present
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise _damaged(folder / pattern, "it is missing")
+    for name in sorted(names):
+        if patterns and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
         if name not in present:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (folder / name).stat()  # in a folder that may not be read it only seems missing
             raise _damaged(folder / name, "it is missing")
         if name not in recorded:
             raise _damaged(folder / name, "the manifest does not know it")
+        if leads_out(folder / name, folder):
+            raise _damaged(folder / name, f"it is a link to {(folder / name).resolve()}")
         if _digest_file(folder / name) != recorded[name]:
             raise _damaged(folder / name, f"its SHA-256 is not {recorded[name][:16]}...")
     return manifest
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path below `folder` is a link out of it, other than DVC's into its cache."""
+    real = path.resolve()
+    inside = real.is_relative_to(folder.resolve())
+    return not inside and DVC_OBJECT.search(real.as_posix()) is None
 
 
 def digest(folder: Path) -> str:
@@ -186,6 +276,7 @@ def file_digest(path: Path) -> str:
     try:
         return _digest_file(path)
     except OSError as error:
+        preflight.let_through(error)
         raise _damaged(path, str(error)) from None
 
 
@@ -198,7 +289,7 @@ def publish(work: Path, out: Path) -> None:
     if out.exists():
         out.rename(old)
     new.rename(out)
-    fsync_folder(out.parent)
+    fsync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -223,13 +314,66 @@ def _is_complete(work: Path) -> bool:
     return True
 
 
+def expose(path: Path) -> None:
+    """Touch a damaged file and make it writable, in whatever folders it is linked.
+
+    DVC trusts an unchanged time and the mode of its cache: what rotted on the disk would be neither
+    made again nor, being the same file in the cache, replaced.
+    """
+    with contextlib.suppress(OSError):
+        path.chmod(path.stat().st_mode | 0o200)
+        os.utime(path)
+
+
 def _damaged(path: Path, why: str) -> ArtifactError:
+    expose(path)
     return ArtifactError(
         "An artefact is damaged or incomplete.",
         value=f"{path.absolute()}: {why}",
         rule="every file is as the manifest beside it recorded it",
-        remedy="remove the folder and run `dvc repro`",
+        remedy=how_to_redo(path),
     )
+
+
+def how_to_redo(path: Path) -> str:
+    """The commands that make the artefact again in which `path` lies.
+
+    By the manifest above it where that can be read, so that a copied or renamed folder is known
+    too, else by the names of the folders.
+    """
+    above = [path.absolute(), *path.absolute().parents]
+    for folder in above:
+        stage = _stage_of(folder)
+        if stage:
+            return _commands(stage, folder)
+    for folder in above:
+        if folder.name in STAGES[:4] + STAGES[5:]:
+            return _commands(folder.name, folder)
+        if folder.parent.name == "train":
+            return _commands("train", folder)
+    return "run `dvc repro`, or the command that wrote it, again"
+
+
+def _stage_of(folder: Path) -> str | None:
+    """By the manifest there, sound or not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        stage = manifest["module"].removeprefix("pipeline.stages.")
+        alone = stage == "convert" and "tolerance" in manifest["settings"]  # of three paths
+        return stage if stage in STAGES and not alone else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _commands(stage: str, folder: Path) -> str:
+    target, option = stage, ""
+    if stage == "train":
+        layer = folder.name.removeprefix("layer_")
+        if not layer.isdecimal():
+            return "run `dvc repro`: it is a layer of `train`"
+        target, option = f"train@{layer}", f" --layer {layer}"
+    alone = f"`python -m pipeline.stages.{stage}{option}`"
+    return f"run `dvc repro -f -s {target}`, or without DVC {alone}"
 
 
 # The code of a stage
@@ -253,6 +397,7 @@ def _module_path(module: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+@cache
 def _imports(path: Path) -> list[str]:
     names: list[str] = []
     open_: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
@@ -293,13 +438,10 @@ def _digest_json(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-fsync_folder = _fsync
-"""Make the names in a folder durable."""

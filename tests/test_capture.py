@@ -10,13 +10,14 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from pipeline import capture, corpus, dense, runtime, workdir
+from pipeline import capture, corpus, dense, workdir
 from pipeline.activations import record_ffn
 from pipeline.config import CaptureConfig, Codec, Config, DataConfig, Dtype, TokensConfig
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.pretrain import train_tokenizer
+from pipeline.progress import Progress, silent
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 from pipeline.stages import capture as stage
 from pipeline.store import LayerReader
@@ -60,7 +61,7 @@ def captured(
     model: nn.Module | None = None,
     layers: Iterable[int | str] | None = (0, 2),
     tokens: Mapping[str, Tensor] | None = None,
-    progress: runtime.Progress = runtime.silent,
+    progress: Progress = silent,
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Path:

@@ -735,7 +735,7 @@ def refused(folders: Folders, layers: dict[int, Path], error: type[Exception], m
 def test_assemble_refuses_layers_trained_for_different_hosts(prepared: Folders, tmp_path: Path):
     shutil.copytree(prepared.layers, tmp_path / "layers")
     path = tmp_path / "layers/layer_1/config.json"
-    workdir.write_json(path, workdir.read_json(path) | {"host": "another"})
+    workdir.write_sealed(path, workdir.read_sealed(path) | {"host": "another"})
     layers = layer_folders(tmp_path / "layers")
     refused(prepared, layers, InputError, "layer 0: mixtral, layer 1: another")
 
@@ -770,9 +770,9 @@ def test_assemble_refuses_layers_trained_under_another_router_function(
 ):
     shutil.copytree(prepared.layers, tmp_path / "layers")
     path = tmp_path / "layers/layer_1/config.json"
-    record = workdir.read_json(path)
+    record = workdir.read_sealed(path)
     record["shape"]["router_function"] = "sigmoid"
-    workdir.write_json(path, record)
+    workdir.write_sealed(path, record)
     layers = layer_folders(tmp_path / "layers")
     refused(prepared, layers, InputError, "layer 0: softmax_topk, layer 1: sigmoid")
 

@@ -1,5 +1,6 @@
 """What a command reads, and what it refuses."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import budget, compose
+from pipeline import budget, compose, refusals
+from pipeline.__main__ import TOOLS
 from pipeline.config import Config, ConvertConfig, RuntimeConfig, leaves, select
 from pipeline.errors import ConfigError
 from pipeline.rules import RANGES
@@ -281,7 +283,186 @@ def test_select_covers_what_lies_below_a_key_and_nothing_beside_it(project: Path
         "runtime.device",
         "runtime.threads",
         "runtime.lock_wait_s",
+        "runtime.logger",
     }
+
+
+OFTEN_MEANT = [
+    ("~moe.n_expert", "did you mean moe.n_experts?"),
+    ("++moe.n_expert=8", "did you mean moe.n_experts?"),
+    ("n_experts=8", "did you mean moe.n_experts?"),
+    ("trian=default", "did you mean train?"),
+    ("experimet=pico", "did you mean experiment?"),
+    ("model@x=tiny", "no setting named model@x"),
+    ("data.tokens={trian:5}", "did you mean data.tokens.train?"),
+    ("moe.per_layer=[{layers:[0],n_expertz:8}]", "moe.per_layer has no setting named n_expertz"),
+    ("moe.host=mixtrl", "did you mean moe.host=mixtral?"),
+    ("moe.host=x", "one of auto, mixtral, granitemoe,"),
+    ("train.dtype=FLOAT32", "did you mean train.dtype=float32?"),
+    ("moe.n_experts=many", "an integer, at least 1"),
+    ("moe.dynamic.shrink_factor=x", "a number between 0.01 and 1"),
+    ("moe.d_ff_expert=wide", "an integer or a number, at least 0, or null"),
+    ("moe.refit=perhaps", "true or false"),
+    ("model.layers=3", "a list, [a,b,...], each an integer"),
+    ("model.layers={a:1}", "a list, [a,b,...], each an integer"),
+    ("data.tokens=5", "data.tokens is a section"),
+    ("model=tinny", "did you mean model=tiny?"),
+    ("experiment=[pico,sed]", "did you mean experiment=seed?"),
+    ("moe={}", "one of half, seed"),
+    ("moe=null", "one of half, seed"),
+    ("experiment=null", "one of pico, seed"),
+    ("moe.n_experts=8,16", "dvc exp run --queue -S 'moe.n_experts=8,16'"),
+    ("moe.n_experts", "write moe.n_experts=<value>"),
+    ("=3", "no setting named"),
+    ('model.name=a b"', "cannot be read"),
+    ("~moe.n_experts", "cannot be removed"),
+    ("~runtime", "cannot be removed"),
+    ("+moe.n_experts=8", "write moe.n_experts=8"),
+    ("++model=tiny", "write model=tiny"),
+    ("hydra.job.name=x", "belong to `python -m pipeline prefill`"),
+    ("hydra/launcher=joblib", "belong to `python -m pipeline prefill`"),
+    ("dtype=float32", "model.dtype, capture.dtype, train.dtype or heal.dtype"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), OFTEN_MEANT)
+def test_a_mistake_on_the_command_line_is_answered_with_what_was_meant(
+    project: Path, override: str, said: str
+):
+    assert said in str(refusal(override))
+
+
+def test_a_key_is_set_by_force_as_any_other(project: Path):
+    assert compose.load(["++moe.n_experts=8"]).moe.n_experts == 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("n_experts: 4", "n_expert: 4", "did you mean moe.n_experts?"),
+        ("n_experts: 4", "n_experts: 4\n  n_experts: 8", "found duplicate key"),
+        ("n_experts: 4", "n_experts: [4", "params.yaml is not YAML"),
+        ("n_experts: 4", "n_experts: vier", "an integer, at least 1"),
+        ("  n_experts: 4\n", "", "A setting is missing"),
+        ("n_experts: 4", "4: n_experts", "no setting named moe.4"),
+        ("kernel: auto", "kernel: ${nope}", "nope"),
+    ],
+)
+def test_a_mistake_in_params_yaml_is_named_with_its_file(
+    project: Path, old: str, new: str, said: str
+):
+    text = (project / "params.yaml").read_text()
+    assert text.count(old) == 1
+    (project / "params.yaml").write_text(text.replace(old, new))
+    error = refusal()
+    assert said in str(error) and "params.yaml" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1", b"moe", b"\xff\xfe", b"moe: &a [*a]", b"{"])
+def test_what_is_no_mapping_of_settings_is_refused(project: Path, content: bytes):
+    (project / "params.yaml").write_bytes(content)
+    assert "params.yaml" in str(refusal())
+    (project / "params.yaml").unlink()
+    (project / "params.yaml").mkdir()
+    assert "params.yaml" in str(refusal())
+
+
+@pytest.mark.parametrize("content", [b"n_experts: [", b"\xff", b"a: 1\na: 2", b"- 1"])
+def test_a_file_of_conf_that_is_no_yaml_is_refused_by_name(project: Path, content: bytes):
+    (project / "conf/moe/half.yaml").write_bytes(content)
+    assert "conf" in str(refusal("seed=1"))
+
+
+def test_a_key_that_conf_lacks_is_missed_and_one_too_many_is_named(project: Path):
+    entry = project / "conf/heal/default.yaml"
+    text = entry.read_text()
+    entry.write_text(text + "tokenz: 3\n")
+    assert "did you mean heal.tokens?" in str(refusal("seed=1"))
+    entry.write_text("\n".join(x for x in text.splitlines() if not x.startswith("grad_clip")))
+    assert "heal.grad_clip" in str(refusal("seed=1").value)
+
+
+def test_a_conversion_on_its_own_takes_its_own_settings_only():
+    cfg, how = compose.standalone(["convert.dense=a=b", "runtime.threads=2"])
+    assert (cfg.dense, how.threads) == ("a=b", 2)
+    for override, said in (
+        ("convert.dens=x", "did you mean convert.dense=...?"),
+        ("moe.n_experts=8", "has no setting named moe.n_experts"),
+        ("convert.dense", "each as key=value"),
+        ("convert.tolerance=-1", "convert.tolerance is out of range"),
+        ("runtime.device=gpu", "one of auto, cpu, cuda"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            compose.standalone([override])
+
+
+def test_every_setting_says_what_it_takes():
+    assert {key for key in refusals.kinds() if ".embedded." not in key} | {"model.embedded"} == set(
+        leaves(Config())
+    )
+    for key in refusals.kinds():
+        assert all(choice in refusals.allowed(key) for choice in refusals.choices(key)), key
+        assert (f"{RANGES[key][0]}" if key in RANGES else "") in refusals.allowed(key), key
+
+
+STARTS = """
+import json, os, runpy, sys
+def start(module, *arguments):
+    read, write = os.pipe()
+    if os.fork():
+        os.close(write)
+        with os.fdopen(read) as answer:
+            print(answer.read())
+        os.wait()
+        return
+    code = None
+    sys.argv = [module, *arguments]
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    heavy = [name for name in ("torch", "transformers", "datasets", "zarr") if name in sys.modules]
+    os.write(write, json.dumps([[module, *arguments], code, heavy]).encode())
+    os._exit(0)
+for module, *arguments in json.loads(sys.argv[1]):
+    start(module, *arguments)
+"""
+
+
+@pytest.mark.slow
+def test_help_plan_and_refusals_of_the_configuration_import_nothing_heavy(project: Path):
+    stages = ["config", "dense", "tokens", "capture", "budget", "train", "heal", "convert"]
+    modules = [f"pipeline.stages.{name}" for name in [*stages, "evaluate"]]
+    helps = [[module, "--help"] for module in ["pipeline", *modules]]
+    helps += [["pipeline", tool, "--help"] for tool in TOOLS] + [["pipeline", "compose", "--print"]]
+    train = ["pipeline.stages.train", "--layer"]
+    refused = [
+        [*train, "0", "moe.n_expert=8"],
+        [*train, "0", "model=tinny"],
+        [*train, "0", "moe.host=mixtrl"],
+        [*train, "99"],
+        [*train, "0", "runtime.logger=mlfow"],
+        ["pipeline.stages.capture", "moe.top_k=99"],
+        ["pipeline", "compose", "+moe.n_experts=8"],
+        ["pipeline", "plan", "moe.n_expert=8"],
+        ["pipeline", "prefill", "-m", "layer"],
+        ["pipeline.stages.convert", "convert.dense=x", "convert.dens=x"],
+    ]
+    told = subprocess.run(
+        [sys.executable, "-c", STARTS, json.dumps(helps + refused + [["pipeline", "plan"]])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ended = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [argv for argv, _, heavy in ended if heavy] == []
+    codes = {" ".join(argv): code for argv, code, _ in ended}
+    assert {codes[" ".join(argv)] for argv in helps} == {0}
+    assert {
+        " ".join(argv): codes[" ".join(argv)] for argv in refused if codes[" ".join(argv)] != 2
+    } == {}
+    assert codes["pipeline plan"] in (0, 4)
 
 
 def test_a_configuration_error_is_told_before_torch_is_imported(project: Path):

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROJECT = Path(__file__).parent.parent
 TRACKED = ("pipeline", "conf", "stages/README.md", "dvc.yaml", "params.yaml", ".dvc/config")
-TRACKED += (".dvc/.gitignore", ".dvcignore", ".gitignore", "pyproject.toml", "reports/README.md")
+TRACKED += (".dvc/plots", ".dvc/.gitignore", ".dvcignore", ".gitignore", "pyproject.toml")
+TRACKED += ("reports/README.md",)
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +113,27 @@ def test_metrics_have_every_promised_name(checkout: Checkout):
     for layer in ("0", "1"):
         assert metrics["layers"][layer].keys() >= {"mse", "cosine_sim", "relative_mse"}
     assert {"top1_agreement", "active_flops_fraction"} <= metrics.keys()
-    assert "perplexity_ratio.heldout" in checkout.run("dvc metrics show")
+    header = checkout.run("dvc metrics show").splitlines()[0].split()
+    assert {"perplexity_ratio.heldout", "active_ffn_fraction", "kl.mean"} <= set(header)
+    assert len(header) <= 16 and not any(".layers." in name for name in header)
+
+
+def test_plots_have_their_titles_axes_and_a_line_for_each_control(checkout: Checkout):
+    specs = json.loads(checkout.run("dvc plots show --json"))["data"]
+    titles = ("Error of each layer", "Cosine of each layer", "Training of each", "Load of each")
+    assert [name.startswith(title) for name, title in zip(specs, titles, strict=True)] == [True] * 4
+    error, _, training, load = (json.dumps(spec) for spec in specs.values())
+    assert "static_relative_mse" in error and "oracle_relative_mse" in error
+    assert "relative_mse on held-out rows" in error and '"load"' in load
+    assert "relative_mse on validation rows" in training and '"title": "step"' in training
+
+
+def test_a_push_that_is_refused_leaves_the_result_and_is_no_part_of_it(checkout: Checkout):
+    """Tests run with HF_HUB_OFFLINE=1."""
+    command = "python -m pipeline.stages.evaluate evaluate.push_to_hub=owner/sparse"
+    output = checkout.run(command, expect=4)
+    assert "stages/evaluate: found complete" in output and "only the push is repeated" in output
+    assert stages_run(checkout.run("dvc repro")) == set()
 
 
 def test_the_checkpoint_opens_in_a_fresh_process_and_generates(checkout: Checkout):
@@ -138,12 +159,13 @@ def test_the_checkpoint_opens_in_a_fresh_process_and_generates(checkout: Checkou
 
 
 def test_an_experiment_reuses_dense_tokens_and_capture(checkout: Checkout):
-    output = checkout.run("dvc exp run -n wide -S moe.n_experts=32")
+    output = checkout.run("dvc exp run -n wide -S moe.n_experts=32 -S evaluate.measure_speed=true")
     assert stages_run(output) == AFTER_MOE
     assert checkout.json("stages/convert/config.json")["num_local_experts"] == 32
     shown = checkout.run("dvc exp show --csv --only-changed")
     header, *rows = csv.DictReader(shown.splitlines()), *csv.DictReader(shown.splitlines())
-    assert "perplexity_ratio.heldout" in header.fieldnames
+    assert {"perplexity_ratio.heldout", "speed.prefill_16"} <= set(header.fieldnames)
+    assert checkout.json("stages/evaluate/speed.json")["work"]["decode"]["ratio"] > 0
     experts = {row["Experiment"] or row["rev"]: row["moe.n_experts"] for row in rows}
     assert {experts["main"], experts["wide"]} == {"4", "32"}
     checkout.run("git checkout -q . && dvc checkout")

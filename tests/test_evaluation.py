@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
-from pipeline import corpus, evaluation, workdir
+from pipeline import comparison, corpus, evaluation, speed, workdir
 from pipeline.config import Codec, EvaluateConfig
 from pipeline.controls import OracleMoE
 from pipeline.discovery import find_ffns
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.ffn import DenseFFN
+from pipeline.figures import HEADLINE, headline, model_figures
 from pipeline.layers import save_layer, write_history
 from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.pretrain import train_tokenizer
@@ -334,7 +336,7 @@ def blocks(n: int = 5, vocabulary: int = 300) -> Tensor:
 
 def compared(dense: tf.PreTrainedModel, sparse: tf.PreTrainedModel, **changes: Any):
     given = {"text_bytes": 100, "batch_size": 2} | changes
-    return evaluation.compare_on_text(dense, sparse, given.pop("blocks", blocks()), **given)
+    return comparison.compare_on_text(dense, sparse, given.pop("blocks", blocks()), **given)
 
 
 def test_a_model_compared_with_itself_loses_nothing():
@@ -344,9 +346,7 @@ def test_a_model_compared_with_itself_loses_nothing():
     assert found.top1_agreement == 1
     assert found.perplexity[0] == found.perplexity[1]
     assert found.byte_perplexity[0] == found.byte_perplexity[1]
-    metrics = evaluation.figures(
-        {0: judged()}, {0: SHAPE}, {"heldout": found, "shifted": found}, 1, 1
-    )
+    metrics = model_figures({0: judged()}, {0: SHAPE}, {"heldout": found, "shifted": found}, 1, 1)
     assert metrics["perplexity_ratio"] == {"heldout": 1, "shifted": 1}
     both = {"heldout": 0, "shifted": 0}
     assert metrics["kl"] == {"mean": 0, "p99": 0, "by_text": both}
@@ -377,7 +377,7 @@ def test_kl_and_agreement_are_those_of_a_loop_over_tokens():
     assert found.kl.tolist() == pytest.approx(kl, rel=1e-3, abs=1e-5)
     assert found.top1_agreement == same / len(kl) < 1
     text = {"heldout": found, "shifted": found}
-    metrics = evaluation.figures({0: judged()}, {0: SHAPE}, text, 1, 1)
+    metrics = model_figures({0: judged()}, {0: SHAPE}, text, 1, 1)
     assert metrics["kl"]["mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
     assert metrics["kl"]["p99"] == pytest.approx(quantile(kl, 0.99), rel=1e-3)
 
@@ -429,13 +429,13 @@ def judged(**changes: Any) -> dict[str, Any]:
     return metrics | {"first_token": {}, "routing": {}} | changes
 
 
-def text(dense: float = 2.0, sparse: float = 3.0) -> evaluation.TextLoss:
-    return evaluation.TextLoss((dense, sparse), (1.5, 1.75), torch.arange(101.0), 0.5, 777)
+def text(dense: float = 2.0, sparse: float = 3.0) -> comparison.TextLoss:
+    return comparison.TextLoss((dense, sparse), (1.5, 1.75), torch.arange(101.0), 0.5, 777)
 
 
 def figures(layers: dict[int, dict[str, Any]], shapes: dict[int, MoEShape], **counts: int):
     counts = {"dense_parameters": 100, "sparse_parameters": 10**6} | counts
-    return evaluation.figures(layers, shapes, {"heldout": text(), "shifted": text(4, 8)}, **counts)
+    return model_figures(layers, shapes, {"heldout": text(), "shifted": text(4, 8)}, **counts)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -544,17 +544,17 @@ def test_continuation_is_the_prompt_and_the_models_first_choices(tokenizer):
         with torch.inference_mode():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     expected = tokenizer.decode(ids, skip_special_tokens=True)
-    assert evaluation.continuation(model, tokenizer, "Return the", 6) == expected
+    assert comparison.continuation(model, tokenizer, "Return the", 6) == expected
 
 
 def test_continuation_by_no_tokens_is_the_prompt(tokenizer):
-    assert evaluation.continuation(llama(), tokenizer, "Return", 0) == "Return"
+    assert comparison.continuation(llama(), tokenizer, "Return", 0) == "Return"
 
 
 def test_continuation_of_an_empty_prompt_begins_a_document(tokenizer):
     model = llama(seed=1)
-    after_end = evaluation.continuation(model, tokenizer, tokenizer.eos_token, 5)
-    assert evaluation.continuation(model, tokenizer, "", 5) == after_end != ""
+    after_end = comparison.continuation(model, tokenizer, tokenizer.eos_token, 5)
+    assert comparison.continuation(model, tokenizer, "", 5) == after_end != ""
 
 
 # All together
@@ -621,7 +621,7 @@ def test_measure_gives_everything_that_the_report_tells(parts: dict[str, Any]):
     }
     assert found["layers"][1]["host"] == "mixtral" and found["tokens"] == counts
     for side, model in (("dense", dense), ("sparse", sparse)):
-        said = evaluation.continuation(model, tokenizer, "Return", 3)
+        said = comparison.continuation(model, tokenizer, "Return", 3)
         assert found["samples"][side] == said
 
 
@@ -671,7 +671,7 @@ def test_without_both_controls_no_gap_is_told(parts: dict[str, Any]):
 
 def test_controls_of_a_bfloat16_model_compute_in_bfloat16(parts: dict[str, Any]):
     dense = parts["dense"].bfloat16()
-    copied = evaluation.replaced(dense, {0: layer()})
+    copied = comparison.replaced(dense, {0: layer()})
     logits = copied(blocks(1)).logits
     assert logits.dtype == torch.bfloat16
     assert copied.get_input_embeddings().weight is dense.get_input_embeddings().weight
@@ -683,7 +683,7 @@ def test_a_healed_static_control_brings_its_norms(parts: dict[str, Any]):
     name = "model.norm.weight"
     healed = {name: torch.full_like(dense.get_parameter(name), 1.5)}
     before = dense.get_parameter(name).clone()
-    copied = evaluation.replaced(dense, static, healed)
+    copied = comparison.replaced(dense, static, healed)
     assert torch.equal(copied.get_parameter(name), healed[name])
     assert torch.equal(dense.get_parameter(name), before)
     cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=0)
@@ -693,3 +693,55 @@ def test_a_healed_static_control_brings_its_norms(parts: dict[str, Any]):
         for norms in ({}, healed)
     )
     assert plain["static"]["perplexity_ratio"] != changed["static"]["perplexity_ratio"]
+
+
+# Speed
+
+
+class Slowed(torch.nn.Module):
+    """Takes its time before it does what another module does."""
+
+    def __init__(self, module: torch.nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.module, self.seconds = module, seconds
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(self.seconds)
+        return self.module(*args, **kwargs)
+
+
+def slowed(seconds: float) -> tf.PreTrainedModel:
+    model = llama()
+    model.set_submodule(
+        "model.layers.0.mlp", Slowed(model.get_submodule("model.layers.0.mlp"), seconds)
+    )
+    return model
+
+
+@pytest.mark.parametrize("slow", ["dense", "sparse"])
+def test_the_ratio_is_of_the_sparse_models_speed_over_the_dense_ones(slow: str):
+    sides = {"dense": llama(), "sparse": llama()} | {slow: slowed(0.05)}
+    found = speed.compare(sides["dense"], sides["sparse"], blocks(3))
+    assert list(found["work"]) == ["prefill_1", "prefill_16", "decode"]
+    for of in found["work"].values():
+        assert of["least"] <= of["ratio"] <= of["most"]
+        assert (of["ratio"] < 0.8) if slow == "sparse" else (of["ratio"] > 1.25)
+        assert (of["sparse"] < of["dense"]) == (slow == "sparse")
+    assert found["dtype"] == "float32" and found["threads"] == torch.get_num_threads()
+    assert 9 * 0.05 < LENGTH / found["work"]["prefill_1"][slow] * 9 < 60
+
+
+def test_a_model_without_a_head_is_timed_without_writing():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = tf.BertConfig(vocab_size=300, num_attention_heads=2, **sizes)
+    model = tf.BertModel(config).eval()
+    assert list(speed.compare(model, model, blocks(20))["work"]) == ["prefill_1", "prefill_16"]
+
+
+def test_the_headline_leaves_out_what_is_not_there_and_keeps_every_name():
+    metrics = {"kl": {"mean": 0.5, "p99": 2.0}, "gap_recovery": {"mean": None}, "layers": {}}
+    assert headline(metrics, {}) == {"kl": {"mean": 0.5}}
+    timed = {"work": {"decode": {"ratio": 0.9, "least": 0.8}}, "rounds": 9}
+    assert headline(metrics, timed)["speed"] == {"decode": 0.9}
+    assert len(set(HEADLINE)) == len(HEADLINE) <= 16

@@ -515,7 +515,7 @@ def before_heal(project: Path, model) -> Path:
     tokenizer().save_pretrained(DENSE / "model")
     described = {"digests": {}, "revision": None, **dense.describe(model)}
     workdir.write_json(DENSE / "dense.json", described)
-    seal(DENSE)
+    seal(DENSE, **{"model.name": "pico"})
     TOKENS.mkdir()
     for name, blocks in BLOCKS.items():
         save_file({"tokens": blocks.int()}, TOKENS / f"{name}.safetensors")
@@ -524,7 +524,7 @@ def before_heal(project: Path, model) -> Path:
     for k, path in trained.items():
         static = write_layers(model, project / "static", layers=(k,), n_experts=1)
         shutil.copytree(static[k], path / "static")
-        seal(path, **{"train.epochs": 3})
+        seal(path, **{"train.epochs": 2})  # as the pico experiment has it
     return project
 
 
@@ -551,7 +551,7 @@ def test_stage_heals_the_layers_and_their_static_controls(before_heal):
         manifest = workdir.verify(HEAL / f"layer_{k}")
         assert manifest["fingerprint"] == workdir.verify(HEAL)["fingerprint"]
         settings = manifest["settings"]
-        assert settings["train.epochs"] == 3 and settings["heal.tokens"] == cfg.heal.tokens
+        assert settings["train.epochs"] == 2 and settings["heal.tokens"] == cfg.heal.tokens
         assert healing_of(HEAL, k)["steps"] == healing_of(HEAL / "static", k)["steps"] == 8
         assert load_layer(HEAL / "static" / f"layer_{k}")[0].shape.n_experts == 1
     assert (HEAL / "static" / assembly.NORMS).exists()

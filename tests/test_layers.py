@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_start import D, F, dense_ffn, plan_of
 
+from pipeline import workdir
 from pipeline.errors import ArtifactError, InputError
 from pipeline.layers import (
     CONFIG,
@@ -42,6 +43,13 @@ def saved(folder: Path, gated: bool = True, bias: bool = False) -> SparseMoE:
     return moe
 
 
+def seal(folder: Path, **changed: Any) -> None:
+    """Make the record vouch for itself and for the weights that lie there now."""
+    record = json.loads((folder / CONFIG).read_text())
+    record |= {"weights": workdir.file_digest(folder / WEIGHTS), **changed}
+    workdir.write_sealed(folder / CONFIG, record)
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(ArtifactError) as caught:
         load_layer(folder)
@@ -52,7 +60,8 @@ def refusal(folder: Path) -> str:
 def test_layer_is_read_as_it_was_written(tmp_path, gated, bias):
     moe = saved(tmp_path, gated, bias)
     found, record = load_layer(tmp_path)
-    assert record == {**record_of(gated, bias), "dtype": "float32"}
+    digest = workdir.file_digest(tmp_path / WEIGHTS)
+    assert record == {**record_of(gated, bias), "dtype": "float32", "weights": digest}
     assert found.shape == moe.shape
     torch.testing.assert_close(found.state_dict(), moe.state_dict(), rtol=0, atol=0)
     x = torch.randn(5, D)
@@ -96,6 +105,8 @@ def test_layer_of_other_tensors_than_its_shape_has_is_refused(tmp_path, change):
     wanted = set(tensors.items())
     change(tensors)
     save_file(tensors, tmp_path / WEIGHTS)
+    assert "SHA-256" in refusal(tmp_path)
+    seal(tmp_path)
     message = refusal(tmp_path)
     differing = {name for name, _ in wanted ^ set(tensors.items())}
     assert all(name in message for name in differing) and "router" not in message
@@ -107,7 +118,27 @@ def test_layer_of_another_shape_than_its_record_says_is_refused(tmp_path):
     record = json.loads((tmp_path / CONFIG).read_text())
     record["shape"]["n_experts"] = 16
     (tmp_path / CONFIG).write_text(json.dumps(record))
+    assert "its own digest" in refusal(tmp_path)
+    seal(tmp_path, shape=record["shape"])
     assert "router.weight" in refusal(tmp_path)
+
+
+def test_layer_of_another_dtype_than_its_record_says_is_refused(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["down_proj"] = tensors["down_proj"].bfloat16()
+    save_file(tensors, tmp_path / WEIGHTS)
+    seal(tmp_path)
+    assert "torch.bfloat16" in refusal(tmp_path)
+
+
+def test_a_record_that_was_edited_is_refused(tmp_path):
+    """Of another top_k the tensors have the same shapes."""
+    saved(tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    assert '"top_k": 2' in text
+    (tmp_path / CONFIG).write_text(text.replace('"top_k": 2', '"top_k": 3'))
+    assert "its own digest" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -136,7 +167,14 @@ def test_damaged_record_is_refused(tmp_path):
 def test_record_of_something_else_is_refused(tmp_path, content):
     saved(tmp_path)
     (tmp_path / CONFIG).write_text(content)
-    assert "shape" in refusal(tmp_path)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [{"n_experts": 8}, 3, None, {}])
+def test_record_without_a_shape_is_refused(tmp_path, shape):
+    saved(tmp_path)
+    seal(tmp_path, shape=shape)
+    assert "holds no shape" in refusal(tmp_path)
 
 
 def test_history_is_read_as_it_was_written(tmp_path):

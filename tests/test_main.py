@@ -1,14 +1,18 @@
 """The tools beside the stages."""
 
+import importlib
+import inspect
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import transformers as tf
 import yaml
 
-from pipeline import workdir
-from pipeline.__main__ import main
+from pipeline import refusals, workdir
+from pipeline.__main__ import TOOLS, main, parser
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -166,11 +170,56 @@ def test_compose_writes_params_yaml_from_conf_and_takes_no_overrides(project: Pa
     assert yaml.safe_load((project / "params.yaml").read_text())["moe"]["init_noise"] == 0.02
 
 
-@pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_has_examples_and_the_version_is_told(flag: str, capsys: pytest.CaptureFixture[str]):
-    assert run(flag) == 0
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_help_of_a_tool_has_examples_that_its_parser_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run("--help") == 0
+    assert TOOLS[name].summary.split(",")[0] in capsys.readouterr().out
+    assert run(name, "--help") == 0
     said = capsys.readouterr().out
-    assert said.strip() == "0.1.0" if flag == "--version" else "python -m pipeline inspect" in said
+    for line in TOOLS[name].examples.strip().splitlines():
+        assert line in said
+        if line.startswith("python -m pipeline "):
+            words = shlex.split(line)[3:]
+            args, flags = parser().parse_known_args(words)
+            assert args.tool == name and (flags == [] or name == "prefill")
+            for word in words:
+                if re.fullmatch(r"[a-z_.]+=.*", word) and not word.startswith(("layer=", "hydra")):
+                    assert word.partition("=")[0] in refusals.kinds() | dict.fromkeys(["model"])
+
+
+def test_the_table_of_tools_names_bodies_that_take_its_arguments():
+    for name, tool in TOOLS.items():
+        body = getattr(importlib.import_module(f"pipeline.{tool.module}"), tool.act)
+        assert len(inspect.signature(body).parameters) == len(tool.arguments), name
+
+
+def test_flags_are_not_guessed_from_their_beginning(capsys: pytest.CaptureFixture[str]):
+    assert run("compose", "--pri") == 2
+    assert "--pri" in capsys.readouterr().err
+
+
+def test_clean_is_a_tool(project: Path, capsys: pytest.CaptureFixture[str]):
+    old = project / ".scratch/tokens/0123456789abcdef"
+    old.mkdir(parents=True)
+    assert run("clean", "--dry-run", "--all") == 0 and old.is_dir()
+    assert run("clean", "--all", "--yes") == 0 and not old.exists()
+    capsys.readouterr()
+    assert run("clean", "--everything") == 2
+
+
+def test_prefill_refuses_what_it_cannot_read_without_a_traceback(
+    project: Path, capsys: pytest.CaptureFixture[str]
+):
+    for arguments in (["-m", "layer"], ["-m", "layer=0,1", "moe.n_expert=8"], ["layer=0", "~moe"]):
+        assert run("prefill", *arguments) == 2
+        assert "Traceback" not in capsys.readouterr().err
 
 
 def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):

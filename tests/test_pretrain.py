@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from pipeline import corpus, pretrain, resume, runtime
+from pipeline import corpus, pretrain, resume
 from pipeline.config import EmbeddedModelConfig
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError
+from pipeline.progress import Progress, silent
 
 CONFIG = EmbeddedModelConfig(
     vocab_size=320,
@@ -58,7 +59,7 @@ UNLIKE = {"train": documents(0, 4), "validation": documents(100, 2, "zebra quart
 def trained(
     folder: Path,
     splits: dict[str, list[Document]] = LIKE,
-    progress: runtime.Progress = runtime.silent,
+    progress: Progress = silent,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **changes: Any,

@@ -9,16 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from pipeline import record, report
+from pipeline import charts, pages, record, report
 
 SCRIPT = "<script>alert('x')</script>"
-FILES = {"metrics.json", "layers.json", "layers.csv", "history.csv"}
+FILES = {"metrics.json", "headline.json", "layers.json", "layers.csv", "history.csv", "load.csv"}
 FILES |= {"report.html", "README.md", "summary.txt"}
 
 
@@ -86,8 +86,15 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
     shape = {"d_model": 16, "d_ff": 4096, "d_ff_expert": 1024, "n_experts": n_experts, "top_k": 2}
     shape |= {"activation": "silu", "gated": True, "bias": False, "router_function": "softmax_topk"}
     settings = {
-        "dense": {"model.name": name, "model.id": "owner/model", "model.revision": "abc123"},
-        "tokens": {"data.source": "files", "data.dataset": None, "data.files": ["a.txt"]},
+        "dense": {
+            "model.name": name,
+            "model.id": "owner/model",
+            "model.revision": "main",
+            "seed": 7,
+        },
+        "train_0": {"train.batch_size": 512},
+        "tokens": {"data.source": "files", "data.dataset": None, "data.files": ["a.txt"]}
+        | {"data.revision": None},
         "convert": {"convert.tolerance": 1e-3},
     }
     return {
@@ -95,9 +102,26 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
         "metrics": metrics,
         "settings": {"evaluate.prompt": "Return"},
         "manifests": {
-            part: {"settings": of, "fingerprint": f"{part}0123", "versions": {"torch": "9.8.7"}}
+            part: {
+                "settings": of,
+                "fingerprint": f"{part}0123",
+                "code": f"{part}c0de" * 8,
+                "versions": {"torch": "9.8.7"},
+                "files": {"a.safetensors": f"{part}4567"},
+            }
             for part, of in settings.items()
         },
+        "record": {
+            "revision": "abc123",
+            "digests": {"model.safetensors": "fedc89"},
+            "family": "llama",
+            "dtype": "float32",
+            "n_layers": n_layers,
+            "d_model": 16,
+        },
+        "licence": {},
+        "speed": {},
+        "sizes": {"captured_tokens": 5555, "store_bytes": 66_600, "checkpoint_bytes": 77_700},
         "left_dense": [],
         "layers": {
             k: {"layer": k, "host": "mixtral", "shape": shape, "training": training()}
@@ -185,7 +209,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self.hidden += tag in ("svg", "style")
-        self.text += " "  # a cell's text ends where the next one's begins
+        if tag not in ("mark", "wbr"):
+            self.text += " "  # a cell's text ends where the next one's begins
         if tag == "table":
             self.tables.append([])
         if tag == "tr":
@@ -264,7 +289,7 @@ def shown(value: float | str, text: str) -> bool:
     """As a figure of its own, not as digits of another."""
     if isinstance(value, str):
         return value in text
-    forms = {report._number(value), f"{100 * value:.1f} %", f"{value:g}"}
+    forms = {pages.number(value), f"{100 * value:.1f} %", f"{value:g}"}
     return any(re.search(rf"(?<![\d.,]){re.escape(form)}(?!\d)", text) for form in forms)
 
 
@@ -324,7 +349,7 @@ def test_every_picture_has_words_and_takes_the_pages_colour(page: Page, html: st
     labels = [a.get("aria-label") for tag, a in page.tags if a.get("role") == "img"]
     assert len(labels) == 5 and all(labels)
     assert [tag for tag, _ in page.tags].count("svg") == 5
-    assert report.INK not in html and "currentColor" in html
+    assert charts.INK not in html and "currentColor" in html
     assert {"perplexity", "cosine_sim", "relative_mse", "step", "expert"} <= set(
         page.pictures.split()
     )
@@ -352,6 +377,8 @@ def test_the_page_shows_settings_samples_origin_and_sizes(page: Page):
     for expected in ("owner/model", "abc123", '["a.txt"]', "null", "convert.tolerance"):
         assert expected in text
     for expected in ("Return the list.", "Return the tuple.", "9.8.7", "dense0123", "mixtral"):
+        assert expected in text
+    for expected in ("fedc89", "tokens4567", "densec0dedensec0", "77.7 KB", "66.6 KB"):
         assert expected in text
     for split in content()["tokens"].values():
         assert all(shown(split[key], text) for key in ("tokens", "bytes", "budget"))
@@ -392,7 +419,7 @@ def test_a_conversion_whose_every_layer_is_null_has_a_report(tmp_path: Path):
 
 @pytest.mark.parametrize("n_layers", [8, 40])
 def test_layers_are_named_up_to_eight_and_shaded_beyond(n_layers: int):
-    pictures = report.pictures(content(n_layers), {})
+    pictures = charts.draw(content(n_layers), {})
     named = re.findall(r"layer \d+", pictures["training"])
     assert len(set(named)) == (n_layers if n_layers <= 8 else 0)
     heights = {k: float(re.search(r'height="([\d.]+)pt"', p)[1]) for k, p in pictures.items()}  # type: ignore
@@ -519,7 +546,7 @@ def test_the_widths_of_resized_experts_are_drawn_and_tabulated(page: Page, tmp_p
 
 
 def drawn(given: dict[str, Any]) -> str:
-    return report.pictures(given, report._derived(given)["resized"])["widths"]
+    return charts.draw(given, report._derived(given)["resized"])["widths"]
 
 
 def test_the_picture_of_widths_shows_each_reallocation_and_the_kept_step():
@@ -586,7 +613,7 @@ def test_runs_of_layers_are_written_as_spans(values: list[int], expected: str):
     ],
 )
 def test_numbers_are_written_with_four_figures_and_integers_whole(value, expected: str):
-    assert report._number(value) == expected
+    assert pages.number(value) == expected
 
 
 # Beside the page
@@ -611,12 +638,14 @@ def test_another_figure_gives_other_bytes(folder: Path, tmp_path: Path):
     given["metrics"]["layers"]["2"]["cosine_sim"] = 0.123456
     written(tmp_path, given)
     before, after = files(folder), files(tmp_path)
-    assert {name for name in FILES if before[name] == after[name]} == {"history.csv", "README.md"}
+    same = {"history.csv", "load.csv", "headline.json", "README.md"}
+    assert {name for name in FILES if before[name] == after[name]} == same
 
 
 def test_tables_of_layers_agree_with_metrics(folders):
     folder = folders[40]
-    layers = json.loads((folder / "metrics.json").read_text())["layers"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    layers = metrics["layers"]
     table = list(csv.DictReader((folder / "layers.csv").open()))
     rows = json.loads((folder / "layers.json").read_text())
     assert [int(row["layer"]) for row in table] == [row["layer"] for row in rows] == [*range(40)]
@@ -627,6 +656,9 @@ def test_tables_of_layers_agree_with_metrics(folders):
         expected |= {name: of[name] for name in ("verdict", "active_ffn_fraction")}
         expected |= {f"first_token_{name}": value for name, value in of["first_token"].items()}
         expected |= {name: value for name, value in of["routing"].items() if name != "load"}
+        for control in ("static", "oracle"):
+            found = metrics["controls"][control]["layers"][str(row["layer"])]
+            expected |= {f"{control}_{name}": value for name, value in found.items()}
         assert row == expected
         assert text.pop("verdict") == expected.pop("verdict")
         assert {name: float(value) for name, value in text.items()} == expected
@@ -637,27 +669,6 @@ def test_history_csv_holds_every_validation_of_every_layer(folder: Path):
     found = [{name: float(value) for name, value in row.items() if value} for row in table]
     expected = [{"layer": k, **row} for k, of in content()["history"].items() for row in of]
     assert found == expected
-
-
-def test_model_card_has_a_front_matter_the_figures_and_the_configuration(folder: Path):
-    card, metrics = (folder / "README.md").read_text(), content()["metrics"]
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "transformers"
-    assert "AutoModelForCausalLM.from_pretrained" in body and "owner/model at abc123" in body
-    for side in ("dense", "sparse"):
-        assert all(shown(value, body) for value in metrics[side]["perplexity"].values())
-    for name in ("kl", "cosine_sim", "sparse"):
-        values = metrics[name]["parameters"] if name == "sparse" else metrics[name]
-        assert all(shown(v, body) for key, v in values.items() if key not in ("p99", "by_text")), (
-            name
-        )
-    for name in ("top1_agreement", "active_ffn_fraction"):
-        assert shown(metrics[name], body), name
-    assert shown(metrics["dense"]["parameters"], body) and "convert0123" in body
-    block = re.search(r"```yaml\n(.*?)```", body, re.DOTALL)
-    assert block
-    settings = {k: v for m in content()["manifests"].values() for k, v in m["settings"].items()}
-    assert yaml.safe_load(block[1]) == settings | content()["settings"]
 
 
 def test_only_a_checkpoint_of_our_own_architecture_asks_for_remote_code(folder: Path, tmp_path):
@@ -686,7 +697,7 @@ def test_summary_has_the_figures_that_decide(folder: Path):
     assert all(shown(v, summary) for v in metrics["sparse"]["parameters"].values())
     assert shown(metrics["dense"]["parameters"], summary)
     for k, layer in metrics["layers"].items():
-        assert f"{k}: {report._number(layer['cosine_sim'])}" in summary
+        assert f"{k}: {pages.number(layer['cosine_sim'])}" in summary
     assert "3 layers, mixtral" in summary and "report.html" in summary
 
 
@@ -709,10 +720,10 @@ def test_controls_stand_beside_the_sparse_model(tmp_path: Path):
     given = content()
     page = html_of(tmp_path, given)
     for name, control in given["metrics"]["controls"].items():
-        assert f"<tr><td>{name}</td>" in page
+        assert f'<tr><th scope="row">{name}</th>' in page
         for figures in (control["perplexity_ratio"], control["kl"]["by_text"]):
-            assert all(report._number(figure) in page for figure in figures.values())
-        assert report._number(control["relative_mse"]["mean"]) in page
+            assert all(pages.number(figure) in page for figure in figures.values())
+        assert pages.number(control["relative_mse"]["mean"]) in page
     assert f"{100 * given['metrics']['gap_recovery']['mean']:.1f} %" in page
     summary = (tmp_path / "summary.txt").read_text()
     static = given["metrics"]["controls"]["static"]["perplexity_ratio"]
@@ -721,7 +732,10 @@ def test_controls_stand_beside_the_sparse_model(tmp_path: Path):
 
 def test_the_report_says_what_the_router_is_worth(tmp_path: Path):
     page = html_of(tmp_path, controlled(1.03, 1.06))
-    assert "has 1.060; the sparse model loses 50% of what that loses." in page
+    assert (
+        "has 1.060 times the dense perplexity where the sparse model has 1.030: it loses 50%"
+        in page
+    )
     assert "loses 50% of what that loses" in (tmp_path / "README.md").read_text()
     page = html_of(tmp_path, controlled(1.07, 1.06))
     assert "here the router is worth nothing" in page
@@ -742,3 +756,180 @@ def test_a_report_without_a_static_control_says_so(tmp_path: Path):
     assert "No static control" in page and "Against controls" not in page
     given["metrics"]["active_ffn_fraction"] = 2.0
     assert "as much is run as in it" in html_of(tmp_path, given)
+
+
+# Speed
+
+
+def timed(given: dict[str, Any]) -> dict[str, Any]:
+    """The same, timed: slower one by one, faster together, undecided in writing."""
+    ratios = {"prefill_1": (0.7, 0.61, 0.89), "prefill_16": (1.3, 1.21, 1.42)}
+    ratios |= {"decode": (1.02, 0.93, 1.11)}
+    work = {
+        name: dict(zip(("ratio", "least", "most"), of, strict=True))
+        | {"dense": 1000 * (i + 1.4), "sparse": 1e5 * (i + 1)}
+        for i, (name, of) in enumerate(ratios.items())
+    }
+    where = {"device": "cpu", "threads": 2, "dtype": "float32", "rounds": 9}
+    return given | {"speed": {"work": work, **where}}
+
+
+def test_speed_is_told_with_its_spread_and_a_word_that_goes_by_it(tmp_path: Path):
+    given = timed(content())
+    page = written(tmp_path, given)
+    assert page.column("in a word") == ["slower", "faster", "no clear difference"]
+    assert page.column("speed ratio, median") == ["0.7x", "1.3x", "1.02x"]
+    assert page.column("least") == ["0.61x", "1.21x", "0.93x"]
+    assert page.column("most") == ["0.89x", "1.42x", "1.11x"]
+    assert page.column("dense, tokens/s") == ["1,400", "2,400", "3,400"]
+    assert "9 times, on this machine: cpu, 2 threads, float32" in page.text
+    assert "Fewer FLOPs are not less time by themselves" in page.text
+    for name in ("README.md", "summary.txt"):
+        assert "1.3x (1.21x to 1.42x)" in (tmp_path / name).read_text()
+    assert json.loads((tmp_path / "speed.json").read_text()) == given["speed"]
+    told = json.loads((tmp_path / "headline.json").read_text())["speed"]
+    assert told == {"prefill_1": 0.7, "prefill_16": 1.3, "decode": 1.02}
+
+
+def test_only_what_a_clock_makes_differs_between_two_timings(folder: Path, tmp_path: Path):
+    written(tmp_path, timed(content()))
+    before, after = files(folder), files(tmp_path)
+    differing = {name for name in after if before.get(name) != after[name]}
+    told = {"report.html", "README.md", "summary.txt", "headline.json", "speed.json"}
+    assert differing == told
+
+
+def test_a_report_without_timings_says_so_and_why(page: Page, folder: Path):
+    assert (
+        "evaluate.measure_speed is off" in page.text
+        and "in a word" not in page.text
+    )
+    assert not (folder / "speed.json").exists()
+    assert "speed" not in json.loads((folder / "headline.json").read_text())
+
+
+# For everyone
+
+
+def variables(css: str) -> dict[str, tuple[float, ...]]:
+    found = re.findall(r"(--\w+): #(\w{6})", css)
+    return {name: tuple(int(h[i : i + 2], 16) / 255 for i in (0, 2, 4)) for name, h in found}
+
+
+def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Of two colours, as WCAG 2.2 defines it."""
+
+    def luminance(colour: tuple[float, ...]) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_and_lines_stand_out_in_light_dark_and_print(html: str):
+    assert contrast((0, 0, 0), (1, 1, 1)) == pytest.approx(21)
+    themes = re.findall(r":root \{([^}]*)\}", html)
+    assert len(themes) == 3
+    for theme in themes:
+        colours = variables(theme)
+        shown = [n for n in colours if n not in ("--page", "--card", "--line")]
+        assert {"--ink", "--soft", "--accent", "--warn", "--c0", "--c3"} <= set(shown)
+        for ground in ("--page", "--card"):
+            weak = [n for n in shown if contrast(colours[n], colours[ground]) < 4.5]
+            assert weak == [], (theme, ground)
+
+
+def test_every_colour_of_a_line_is_the_pages_own(html: str):
+    for placeholder in charts.VARIABLES:
+        assert placeholder not in html
+    for name in ("--c0", "--c1", "--c2", "--c3", "--line"):
+        assert f"var({name})" in html
+
+
+def test_headings_follow_in_order_and_the_contents_lead_to_them(page: Page):
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+    places = {a["id"] for tag, a in page.tags if tag == "h2" and "id" in a}
+    targets = {a["href"] for tag, a in page.tags if tag == "a"}
+    assert targets == {f"#{place}" for place in places} and len(targets) >= 9
+
+
+def test_every_table_has_heads_of_rows_and_columns_and_can_be_scrolled_by_keyboard(page: Page):
+    heads = [a.get("scope") for tag, a in page.tags if tag == "th"]
+    assert set(heads) == {"col", "row"}
+    scrolled = [a for tag, a in page.tags if a.get("class") == "scroll"]
+    assert len(scrolled) >= 9
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in scrolled)
+    assert dict(page.tags[0][1]) == {"lang": "en"}
+
+
+def test_the_words_of_the_pictures_hold_their_figures(page: Page):
+    metrics = content()["metrics"]
+    words = " ".join(a["aria-label"] or "" for _, a in page.tags if a.get("role") == "img")
+    assert pages.number(metrics["sparse"]["perplexity"]["shifted"]) in words
+    assert f"2: {pages.number(metrics['layers']['2']['cosine_sim'])}" in words
+
+
+# The rest
+
+
+def test_where_the_samples_part_is_marked(tmp_path: Path, html: str):
+    assert "Return the <mark>list.</mark>" in html and "Return the <mark>tuple.</mark>" in html
+    same = content() | {"samples": {"dense": "Return it.", "sparse": "Return it."}}
+    page = written(tmp_path, same)
+    assert "They do not part." in page.text and "mark" not in {tag for tag, _ in page.tags}
+
+
+def test_layers_that_were_never_trained_have_no_picture_of_it(tmp_path: Path):
+    given = content()
+    given["history"] = {k: rows[:1] for k, rows in given["history"].items()}
+    page = written(tmp_path, given)
+    assert "No layer was trained beyond its start" in page.text
+    assert page.column("last") == page.column("relative_mse at the start") == ["0.9000"] * 3
+
+
+def test_cost_is_reckoned_from_sizes(tmp_path: Path):
+    given = content(n_layers=2)
+    metrics = given["metrics"]
+    page = written(tmp_path, given)
+    assert page.column("tokens read")[:2] == ["5,555", f"{2 * 50 * 512:,}"]
+    shape = report.MoEShape(**given["layers"][0]["shape"])
+    flops = 2 * 2 * 6 * 50 * 512 * shape.active_parameters  # two layers, each with its control
+    captured = 2 * metrics["dense"]["parameters"] * 5555
+    assert page.column("FLOPs")[:2] == [f"{captured:.3g}", f"{flops:.3g}"]
+    assert page.column("sparse, per token")[1:3] == [
+        f"{2 * shape.active_parameters:,}",
+        f"{2 * 2 * shape.active_parameters:,}",
+    ]
+
+
+def test_the_headline_has_the_names_of_metrics_json_and_fits_a_line(folder: Path, tmp_path: Path):
+    metrics = content()["metrics"]
+    told = dict(figures(json.loads((folder / "headline.json").read_text())))
+    assert told.items() <= dict(figures(metrics)).items() and 8 <= len(told) <= 14
+    assert {".perplexity_ratio.heldout", ".kl.mean", ".sparse.parameters.active"} <= told.keys()
+    written(tmp_path, of_encoder(content()))
+    told = dict(figures(json.loads((tmp_path / "headline.json").read_text())))
+    assert ".embedding_cosine.heldout" in told and ".kl.mean" not in told
+
+
+def test_the_load_of_every_expert_stands_in_its_table(folder: Path):
+    rows = list(csv.DictReader((folder / "load.csv").open()))
+    layers = content()["metrics"]["layers"]
+    expected = [4 * share for k in sorted(layers) for share in layers[k]["routing"]["load"]]
+    assert [float(row["load"]) for row in rows] == expected
+    assert [(row["layer"], row["expert"]) for row in rows][3:5] == [("0", "3"), ("1", "0")]
+
+
+def test_plain_pruning_that_loses_nothing_decides_nothing(tmp_path: Path):
+    assert "so that this says nothing" in html_of(tmp_path, controlled(0.9999, 1.00001))
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 KB"), (999_700, "1 MB"), (2e13, "20 TB")],
+)
+def test_sizes_are_written_in_powers_of_a_thousand(n: float, expected: str):
+    assert pages.size(n) == expected

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline import runtime
+from pipeline import preflight, runtime
 from pipeline.config import Device, Dtype, RuntimeConfig
-from pipeline.errors import ResourceError
+from pipeline.errors import ConfigError, ResourceError
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -26,7 +27,51 @@ def test_configure_sets_the_threads_of_torch(threads: int):
     done = subprocess.run(
         [sys.executable, "-c", code], env=inherited, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(min(threads, os.cpu_count() or 1)), "PASSIVE", "1"]
+    told, set_ = done.stdout.splitlines()
+    assert told == f"threads: {threads} (configured)"
+    assert set_.split() == [str(min(threads, os.cpu_count() or 1)), "PASSIVE", "1"]
+
+
+def test_libraries_report_nothing_home_unless_the_user_wants_it():
+    code = (
+        "import os, sys\n"
+        "from pipeline import runtime\n"
+        "from pipeline.config import RuntimeConfig\n"
+        "runtime.configure(RuntimeConfig())\n"
+        "from huggingface_hub import constants\n"
+        "print(constants.HF_HUB_DISABLE_TELEMETRY, os.environ['DVC_NO_ANALYTICS'])"
+    )
+    for own, wanted in (({}, "True 1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False 1")):
+        inherited = {k: v for k, v in os.environ.items() if k not in runtime.OWN_CALLS}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=inherited | own | {"DO_NOT_TRACK": "0"} if own else inherited,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == wanted
+
+
+def test_without_the_calls_of_linux_the_machine_is_asked_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """As on macOS: no affinity, no AMX query in torch, no /proc."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.setattr(preflight, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert runtime.cores() == os.cpu_count()
+    assert runtime.has_bf16_units() is False
+    assert preflight.free_memory() is None
+
+
+def test_windows_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    runtime.check_platform()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    runtime.check_platform()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ConfigError, match="WSL"):
+        runtime.check_platform()
 
 
 def test_a_missing_gpu_is_refused_when_it_was_asked_for():
@@ -53,19 +98,3 @@ def test_auto_takes_bfloat16_only_where_the_cpu_has_units_for_it(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_configured_dtype_is_taken(dtype: str):
     assert runtime.pick_dtype(Dtype[dtype], torch.device("cpu")) is getattr(torch, dtype)
-
-
-def test_progress_off_a_terminal_is_plain_lines_of_this_runs_own_pace(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    """900 of 1,000 were adopted: 50 in 10 s is 5/s, and the other 50 take 10 s more."""
-    seconds = iter([0.0, 0.0, 10.0, 10.0, 20.0, 20.0])
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(seconds))
-    with runtime.progress("capture", "tokens") as progress:
-        for done in (900, 950, 1000):
-            progress(done, 1000, "train")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "capture: 950/1000 tokens, 5.0/s, 10 s left  train",
-        "capture: 1000/1000 tokens, 5.0/s  train",
-    ]

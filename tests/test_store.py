@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError, InputError
-from pipeline.shards import row_layout
 from pipeline.store import LayerReader, LayerWriter
+from pipeline.volume import row_layout
 
 Data = dict[str, tuple[Tensor, Tensor]]
 
@@ -304,3 +304,17 @@ def test_a_split_kept_in_memory_is_read_once(numbered, monkeypatch):
     first = order(reader, in_memory=True)
     monkeypatch.setattr(LayerReader, "read", None)
     assert order(reader, in_memory=True) == first
+
+
+def test_reader_epochs_that_are_streamed_by_turns_do_not_mix(tmp_path):
+    write(tmp_path / "layer_0.zarr", activations(SETTINGS))
+    reader = LayerReader(tmp_path / "layer_0.zarr")
+
+    def epoch(k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return reader.batches("train", 4, seed=0, epoch=k, in_memory=False)
+
+    apart = [list(epoch(k)) for k in (0, 1)]
+    by_turns = list(zip(epoch(0), epoch(1), strict=True))
+    for k, alone in enumerate(apart):
+        for expected, found in zip(alone, (turn[k] for turn in by_turns), strict=True):
+            assert all(map(torch.equal, expected, found))

@@ -310,6 +310,8 @@ def test_stage_fits_the_static_control_where_it_is_asked_for(
     budget = project / "budget"
     budget.mkdir()
     workdir.write_json(budget / "layer_3.json", plan_of(ffn, F // 4, 8, 2))
+    for folder in (CAPTURE, budget):
+        workdir.write_manifest(folder, {})
     options = ["train.batch_size=64", f"train.static_control={str(static_control).lower()}"]
     train.run(compose.load(["experiment=pico", *options]), 3, budget=budget)
     folder = project / "stages/train/layer_3"

@@ -19,5 +19,6 @@ REPORTS = Path("reports")
 
 def final_layers(layers: Iterable[int]) -> dict[int, Path]:
     """Where each layer's last state lies: in `heal` where it was healed, in `train` otherwise."""
+    workdir.verify(HEAL, "healed.json")
     healed = workdir.read_json(HEAL / "healed.json")["layers"]
     return {k: (HEAL if k in healed else TRAIN) / f"layer_{k}" for k in layers}

@@ -11,13 +11,14 @@ Writes: stages/budget/layer_K.json for each of model.layers
 Cost:   nothing; by kl, for each layer and candidate, an untrained layer and two forward passes over
         moe.budget.tokens
 Run:    python -m pipeline.stages.budget [key=value ...]
+        python -m pipeline.stages.budget moe.n_experts=8 moe.d_ff_expert=0.25
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, runtime, workdir
-from pipeline.config import BudgetBy, Config, select
+from pipeline import command, lineage, progress, runtime, workdir
+from pipeline.config import BudgetBy, Config, Init, select
 from pipeline.stages import BUDGET, CAPTURE, DENSE, TOKENS
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ KNOWN = "kl.json"
 def run(cfg: Config, published: bool = True) -> Path:
     judged = cfg.moe.budget.by is BudgetBy.kl
     inputs = {"dense": workdir.digest(DENSE)} | (_judged_on(cfg.model.layers) if judged else {})
+    lineage.check(cfg, [DENSE, TOKENS, CAPTURE] if judged else [DENSE])
+    if judged:
+        lineage.check_inputs(inputs, {"tokens": TOKENS, "capture": CAPTURE})
 
     def compute(folder: Path) -> None:
         from pipeline import budget, record
@@ -42,6 +46,10 @@ def run(cfg: Config, published: bool = True) -> Path:
             plans = budget.by_kl(described, cfg.moe, layers, options, kls)
         else:
             plans = budget.uniform(described, cfg.moe, layers)
+        starts = sorted({content["init"] for content in plans.values()})
+        auto = cfg.moe.init is Init.auto and cfg.moe.init_from_dense
+        reason = "auto: copy where the widths are equal, else slice" if auto else "configured"
+        runtime.tell("start", ", ".join(starts), reason)
         for layer, content in plans.items():
             workdir.write_json(folder / f"layer_{layer}.json", content)
         (folder / KNOWN).unlink(missing_ok=True)
@@ -62,6 +70,7 @@ def _judged_on(layers: list[int]) -> dict[str, str]:
 
     found = {"tokens": workdir.digest(TOKENS)}
     for k in layers:
+        workdir.verify(CAPTURE, f"layer_{k}.zarr/commits/*", f"ffn_{k}.safetensors")
         found[f"store_{k}"] = LayerReader(CAPTURE / f"layer_{k}.zarr").digest()
         found[f"ffn_{k}"] = workdir.file_digest(CAPTURE / f"ffn_{k}.safetensors")
     return found
@@ -82,7 +91,7 @@ def _measure(cfg: Config, options: "Options", known: Path) -> dict[int, dict[str
     plans: dict[int, dict[str, Any]] = {
         k: {name: candidate.plan for name, candidate in of.items()} for k, of in options.items()
     }
-    with runtime.progress("budget", "candidates") as progress:
+    with progress.shown("budget", "candidates") as report:
         return sensitivity.measure(
             model,
             plans,
@@ -91,7 +100,7 @@ def _measure(cfg: Config, options: "Options", known: Path) -> dict[int, dict[str
             known,
             moe_cfg=cfg.moe,
             seed=cfg.seed,
-            progress=progress,
+            progress=report,
         )
 
 

@@ -2,14 +2,16 @@
 
 Reads:  the dense model, stages/tokens
 Writes: stages/capture/layer_K.zarr and stages/capture/ffn_K.safetensors for each of model.layers
-Cost:   one forward pass over the tokens; `tokens x layers x 2 x d_model x 2` bytes / 1.45 on disk
+Cost:   one forward pass over the tokens; `tokens x layers x 2 x d_model x 2` bytes / 1.45 on disk,
+        half of that with capture.store=input; `python -m pipeline plan` says how much
 Run:    python -m pipeline.stages.capture [key=value ...]
+        python -m pipeline.stages.capture capture.codec=fast capture.batch_size=4
 """
 
 from pathlib import Path
 
-from pipeline import command, runtime, workdir
-from pipeline.config import CAPTURED_SPLITS, SPLITS, Config, select
+from pipeline import command, lineage, progress, runtime, workdir
+from pipeline.config import CAPTURED_SPLITS, SPLITS, Config, Dtype, select
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 
 PARAMS = (
@@ -24,6 +26,8 @@ PARAMS = (
 
 def run(cfg: Config) -> None:
     inputs = {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
+    lineage.check(cfg, [DENSE, TOKENS])
+    lineage.check_inputs(inputs, {"tokens": TOKENS})
 
     def compute(folder: Path) -> None:
         from pipeline import capture, corpus, dense, record
@@ -43,16 +47,20 @@ def run(cfg: Config) -> None:
         blocks = {split: corpus.read_blocks(TOKENS, split) for split in CAPTURED_SPLITS}
         kept = max(1, cfg.capture.heldout_tokens // blocks["heldout"].shape[1])
         blocks["heldout"] = blocks["heldout"][:kept]
-        with runtime.progress("capture", "tokens") as progress:
+        dtype = capture.stored_dtype(cfg.capture.dtype, model.dtype)
+        auto = f"auto, of a model in {str(model.dtype).removeprefix('torch.')}"
+        reason = auto if cfg.capture.dtype is Dtype.auto else "configured"
+        runtime.tell("stored dtype", str(dtype).removeprefix("torch."), reason)
+        with progress.shown("capture", "tokens") as report:
             capture.capture_activations(
                 model,
                 blocks,
                 folder,
                 layers=cfg.model.layers,
                 cfg=cfg.capture,
-                dtype=capture.stored_dtype(cfg.capture.dtype, model.dtype),
+                dtype=dtype,
                 attributes=inputs,
-                progress=progress,
+                progress=report,
             )
 
     workdir.produce(

@@ -3,10 +3,10 @@
 Inside the DAG it reads the stages before it. Alone, it needs three paths and nothing else: no DVC,
 no conf/, no other stage; each layer's folder records what it needs.
 
-Reads:  the dense model; stages/train/layer_K, or stages/heal/layer_K where a layer was healed, and
-        stages/heal/norms.safetensors where norms were
-Writes: stages/convert: config, safetensors, tokenizer, generation config; the modelling file too
-        where the layers' host is `custom`
+Reads:  the dense model; stages/tokens, for the card; stages/train/layer_K, or stages/heal/layer_K
+        where a layer was healed, and stages/heal/norms.safetensors where norms were
+Writes: stages/convert: config, safetensors, tokenizer, generation config, model card (README.md);
+        the modelling file too where the layers' host is `custom`
 Cost:   the dense weights from file to file, one tensor in memory at a time; for the proof, where it
         fits, the sparse model in memory and then again in a fresh process
 Run:    python -m pipeline.stages.convert [key=value ...]
@@ -14,15 +14,17 @@ Run:    python -m pipeline.stages.convert [key=value ...]
             convert.output=<folder>
 """
 
+import json
 import shutil
 from pathlib import Path
 
-from pipeline import command, record, runtime, workdir
-from pipeline.config import Config, ConvertConfig, RuntimeConfig, select
+from pipeline import command, lineage, record, runtime, workdir
+from pipeline.config import Config, ConvertConfig, ModelConfig, RuntimeConfig, select
 from pipeline.errors import ConfigError
-from pipeline.stages import CONVERT, DENSE, HEAL, final_layers
+from pipeline.stages import CONVERT, DENSE, HEAL, TOKENS, TRAIN, final_layers
 
 MODULE = "pipeline.stages.convert"
+TEMPLATE = Path(runtime.__file__).parent / "templates" / "card.md.j2"
 PARAMS = (
     "convert",
     "model.id",
@@ -35,9 +37,19 @@ PARAMS = (
 
 def run(cfg: Config) -> None:
     layers = final_layers(cfg.model.layers)
+    inputs = {
+        "dense": workdir.digest(DENSE),
+        "healed": workdir.digest(HEAL),
+        "tokens": workdir.digest(TOKENS),
+        **{f"layer_{k}": workdir.digest(folder) for k, folder in layers.items()},
+    }
+    described, licence = record.read(DENSE), _licence(cfg.model)
+    lineage.check(cfg, [DENSE, TOKENS, HEAL, *layers.values()])
+    if all(path.parent == TRAIN for path in layers.values()):
+        lineage.check_inputs(inputs, {"heal": HEAL})
 
     def compute(folder: Path) -> None:
-        from pipeline import assembly, checkpoint
+        from pipeline import assembly, card, checkpoint
 
         source, revision = record.source(cfg.model, DENSE)
         checkpoint.assemble(
@@ -53,16 +65,25 @@ def run(cfg: Config) -> None:
             max_shard_size=cfg.convert.max_shard_size,
             tolerance=cfg.convert.tolerance,
         )
+        made_of = {"dense": DENSE, "tokens": TOKENS, "heal": HEAL}
+        made_of |= {f"train_{k}": path for k, path in layers.items()}
+        manifests = {part: workdir.read_manifest(path) for part, path in made_of.items()}
+        name = manifests["dense"]["settings"]["model.name"]
+        card.write(
+            folder,
+            layers,
+            name=name,
+            source=cfg.model.id or name,
+            record=described,
+            licence=licence,
+            manifests=manifests,
+        )
 
     workdir.produce(
         CONVERT,
         module=MODULE,
         settings=select(cfg, PARAMS),
-        inputs={
-            "dense": workdir.digest(DENSE),
-            "healed": workdir.digest(HEAL),
-            **{f"layer_{k}": workdir.digest(folder) for k, folder in layers.items()},
-        },
+        inputs=inputs | _of_card(licence),
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
     )
@@ -81,13 +102,16 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     assert cfg.dense and cfg.layers and cfg.output
     source, output = cfg.dense, Path(cfg.output).absolute()
     _check_output(output)
-    from pipeline import assembly, checkpoint
+    from pipeline import assembly, card, checkpoint
     from pipeline.layers import layer_folders
 
     given = Path(cfg.layers)
     folders, norms = layer_folders(given), given / assembly.NORMS
     record.check_behind(folders)
+    if norms.exists() and (given / workdir.MANIFEST).exists():
+        workdir.verify(given, assembly.NORMS)
     healed = {"norms": workdir.file_digest(norms)} if norms.exists() else {}
+    digests, licence = _digests(source), card.licence(source, cfg.revision)
 
     def compute(folder: Path) -> None:
         checkpoint.assemble(
@@ -100,6 +124,15 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             max_shard_size=cfg.max_shard_size,
             tolerance=cfg.tolerance,
         )
+        card.write(
+            folder,
+            folders,
+            name=output.name,
+            source=Path(source).name if digests else source,
+            record={"revision": cfg.revision, "digests": digests},
+            licence=licence,
+            manifests={f"train_{k}": workdir.read_manifest(path) for k, path in folders.items()},
+        )
 
     scratch = output.parent / f".{output.name}.scratch"
     workdir.produce(
@@ -107,8 +140,9 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
         module=MODULE,
         settings={"max_shard_size": cfg.max_shard_size, "tolerance": cfg.tolerance},
         inputs={
-            "dense": _identity(source, cfg.revision),
+            "dense": " ".join(map(":".join, digests.items())) or f"{source}@{cfg.revision}",
             **healed,
+            **_of_card(licence),
             **{f"layer_{k}": workdir.digest(folder) for k, folder in folders.items()},
         },
         compute=compute,
@@ -121,7 +155,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
 def _check_output(output: Path) -> None:
     """Publishing replaces the folder as a whole, so that it must hold nothing but our own."""
     manifest = output / workdir.MANIFEST
-    ours = manifest.is_file() and workdir.read_json(manifest).get("module") == MODULE
+    ours = manifest.is_file() and workdir.read_sealed(manifest).get("module") == MODULE
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not ours and not empty:
         raise ConfigError(
@@ -132,12 +166,25 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _identity(source: str, revision: str | None) -> str:
-    """What the dense model is: its files' digests, or its name and revision on the hub."""
+def _digests(source: str) -> dict[str, str]:
+    """Of the dense model's files; none of a model of the hub, which its revision tells."""
     if not Path(source).is_dir():
-        return f"{source}@{revision}"
+        return {}
     files = sorted(p for p in Path(source).iterdir() if p.is_file())
-    return " ".join(f"{p.name}:{workdir.file_digest(p)}" for p in files)
+    return {p.name: workdir.file_digest(p) for p in files}
+
+
+def _licence(model: ModelConfig) -> dict[str, str]:
+    from pipeline import card
+
+    if model.id is None:
+        return {}
+    return card.licence(record.located(model.id), record.read(DENSE)["revision"])
+
+
+def _of_card(licence: dict[str, str]) -> dict[str, str]:
+    """What the card adds to the inputs."""
+    return {"card": workdir.file_digest(TEMPLATE), "licence": json.dumps(licence, sort_keys=True)}
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ Reads:  `model`; for the embedded default the `train` and `validation` parts of 
 Writes: stages/dense/dense.json, and for the embedded default stages/dense/model/
 Cost:   the embedded default about two minutes; another model one reading of its files
 Run:    python -m pipeline.stages.dense [key=value ...]
+        python -m pipeline.stages.dense model=pretrained model.id=./my-model model.layers=[0,1]
 """
 
 from pathlib import Path
 
-from pipeline import command, runtime, workdir
+from pipeline import command, loggers, progress, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.record import EMBEDDED, RECORD, located
 from pipeline.stages import DENSE
@@ -55,7 +56,10 @@ def _train_embedded(cfg: Config, folder: Path) -> None:
     assert cfg.model.embedded
     splits = corpus.split(documents.embedded_documents())
     device = runtime.pick_device(cfg.runtime)
-    with runtime.progress("dense") as progress:
+    with (
+        progress.shown("dense", tokens=cfg.model.embedded.batch_tokens) as report,
+        loggers.opened(cfg.runtime, "dense", folder) as log,
+    ):
         pretrain.train(
             cfg.model.embedded,
             splits,
@@ -63,7 +67,8 @@ def _train_embedded(cfg: Config, folder: Path) -> None:
             seed=cfg.seed,
             device=device,
             dtype=runtime.pick_dtype(cfg.model.dtype, device),
-            progress=progress,
+            progress=report,
+            log=log,
         )
 
 

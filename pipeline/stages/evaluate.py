@@ -1,18 +1,20 @@
 """Measure what the conversion gained and lost, and say so in figures, pictures and words.
 
 Reads:  the dense model, stages/tokens, stages/capture, stages/budget, the layers, stages/convert
-Writes: stages/evaluate: report.html, README.md (the model card), summary.txt, metrics.json,
-        layers.csv, layers.json, history.csv; the small ones also in reports/, which git keeps
-Cost:   one pass of both models over the heldout and shifted text, and two short generations
+Writes: stages/evaluate: report.html, README.md (the checkpoint's card with its figures),
+        summary.txt, metrics.json, headline.json, layers.csv, layers.json, history.csv, load.csv and
+        speed.json; the small ones also in reports/, which git keeps
+Cost:   one pass of both models over the heldout and shifted text, and two short generations;
+        with evaluate.measure_speed ten times 17 sequences through each model, and a generation
 Run:    python -m pipeline.stages.evaluate [key=value ...]
+        python -m pipeline.stages.evaluate evaluate.max_batches=8
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, record, runtime, workdir
+from pipeline import command, lineage, progress, record, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.stages import (
     BUDGET,
@@ -30,6 +32,8 @@ from pipeline.stages import (
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.store import LayerReader
+
 PARAMS = (
     "evaluate",
     "model.name",
@@ -39,7 +43,8 @@ PARAMS = (
     "model.trust_remote_code",
     "model.layers",
 )
-KEPT_IN_GIT = ("metrics.json", "layers.csv", "layers.json", "history.csv", "summary.txt")
+KEPT_IN_GIT = ("headline.json", "metrics.json", "layers.csv", "layers.json", "history.csv")
+KEPT_IN_GIT += ("load.csv", "summary.txt")
 TEMPLATES = Path(runtime.__file__).parent / "templates"
 
 
@@ -49,13 +54,18 @@ def run(cfg: Config) -> None:
     layers = final_layers(cfg.model.layers)
     stores = {k: LayerReader(CAPTURE / f"layer_{k}.zarr") for k in layers}
     settings = select(cfg, PARAMS)
+    del settings["evaluate.push_to_hub"]  # where the result goes too does not change it
     parts = {"dense": DENSE, "tokens": TOKENS, "budget": BUDGET, "convert": CONVERT}
     parts |= {f"layer_{k}": path for k, path in layers.items()}
     parts |= {f"train_{k}": TRAIN / f"layer_{k}" for k in layers}  # for the static controls
     parts["heal"] = HEAL
+    inputs = {name: workdir.digest(path) for name, path in parts.items()}
+    inputs |= {f"store_{k}": store.digest() for k, store in stores.items()}
+    lineage.check(cfg, [*parts.values(), CAPTURE])
+    _check_lineage(inputs, list(layers))
 
     def compute(folder: Path) -> None:
-        from pipeline import dense, evaluation, report
+        from pipeline import card, corpus, dense, evaluation, report, speed
 
         device = runtime.pick_device(cfg.runtime)
         models = {}
@@ -71,7 +81,7 @@ def run(cfg: Config) -> None:
                 device_map=cfg.model.device_map,
                 trust_remote_code=cfg.model.trust_remote_code,
             )
-        with runtime.progress("evaluate", "tokens") as progress:
+        with progress.shown("evaluate", "tokens") as shown:
             measured = evaluation.measure(
                 **models,
                 tokenizer=dense.load_tokenizer(str(CONVERT)),
@@ -80,30 +90,65 @@ def run(cfg: Config) -> None:
                 stores=stores,
                 **_controls(layers, device),
                 cfg=cfg.evaluate,
-                progress=progress,
+                progress=shown,
             )
-        manifests = {
-            name: workdir.read_json(path / workdir.MANIFEST)
-            for name, path in (parts | {"capture": CAPTURE}).items()
+        read = {path: name for name, path in parts.items()} | {CAPTURE: "capture"}
+        manifests = {name: workdir.read_manifest(path) for path, name in read.items()}
+        described = record.read(DENSE)
+        blocks = corpus.read_blocks(TOKENS, "heldout")
+        known = {
+            "name": cfg.model.name,
+            "settings": settings,
+            "manifests": manifests,
+            "record": described,
+            "licence": card.licence(str(CONVERT), None),
+            "left_dense": [k for k in range(described["n_layers"]) if k not in layers],
+            "speed": speed.compare(**models, blocks=blocks) if cfg.evaluate.measure_speed else {},
+            "sizes": _sizes(stores),
         }
-        every = range(record.read(DENSE)["n_layers"])
-        known = {"name": cfg.model.name, "settings": settings, "manifests": manifests}
-        known["left_dense"] = [k for k in every if k not in layers]
         report.write(folder, known | measured)
 
     workdir.produce(
         EVALUATE,
         module="pipeline.stages.evaluate",
         settings=settings,
-        inputs={name: workdir.digest(path) for name, path in parts.items()}
-        | {f"store_{k}": store.digest() for k, store in stores.items()}
+        inputs=inputs
         | {path.name: workdir.file_digest(path) for path in sorted(TEMPLATES.iterdir())},
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
     )
     REPORTS.mkdir(exist_ok=True)
     for name in KEPT_IN_GIT:
-        shutil.copyfile(EVALUATE / name, REPORTS / name)
+        workdir.write_bytes(REPORTS / name, (EVALUATE / name).read_bytes())
+    if cfg.evaluate.push_to_hub:
+        from pipeline import hub
+
+        hub.push(CONVERT, EVALUATE / "README.md", cfg.evaluate.push_to_hub)
+
+
+def _check_lineage(digests: Mapping[str, str], layers: list[int]) -> None:
+    """That all of what is judged here, and by what, was made from each other."""
+    workdir.verify(CAPTURE, "layer_*.zarr/commits/*", "ffn_*.safetensors")
+    lineage.check_inputs(digests, {"tokens": TOKENS, "capture": CAPTURE, "budget": BUDGET})
+    lineage.check_inputs({**digests, "healed": digests["heal"]}, {"convert": CONVERT})
+    trained = {f"layer_{k}": digests[f"train_{k}"] for k in layers}
+    lineage.check_inputs({**digests, **trained}, {"heal": HEAL})
+    for k in layers:
+        read = {
+            "store": digests[f"store_{k}"],
+            "ffn": workdir.file_digest(CAPTURE / f"ffn_{k}.safetensors"),
+            "shape": workdir.file_digest(BUDGET / f"layer_{k}.json"),
+        }
+        lineage.check_inputs(read, {f"train_{k}": TRAIN / f"layer_{k}"})
+
+
+def _sizes(stores: Mapping[int, "LayerReader"]) -> dict[str, int]:
+    files = [p for store in stores.values() for p in store.path.rglob("*") if p.is_file()]
+    return {
+        "captured_tokens": sum(next(iter(stores.values())).rows.values()),
+        "store_bytes": sum(p.stat().st_size for p in files),
+        "checkpoint_bytes": sum(p.stat().st_size for p in CONVERT.glob("*.safetensors")),
+    }
 
 
 def _controls(layers: Mapping[int, Path], device: "torch.device") -> dict[str, Any]:

@@ -11,12 +11,13 @@ Writes: stages/heal/healed.json: which layers were healed. Those in stages/heal/
 Cost:   nothing; with heal.tokens two forward passes and one backward pass per token, once more for
         the controls
 Run:    python -m pipeline.stages.heal [key=value ...]
+        python -m pipeline.stages.heal heal.tokens=1000000
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import command, record, runtime, workdir
+from pipeline import command, lineage, loggers, progress, record, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.stages import DENSE, HEAL, TOKENS, TRAIN
 
@@ -38,6 +39,9 @@ def run(cfg: Config) -> None:
     healed = sorted(trained) if cfg.heal.tokens else []
     if healed:
         inputs |= {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
+        lineage.check(cfg, [DENSE, TOKENS])
+        lineage.check_inputs(inputs, {"tokens": TOKENS})
+    lineage.check(cfg, trained.values())
 
     def compute(folder: Path) -> None:
         record.check_behind(trained)
@@ -47,6 +51,7 @@ def run(cfg: Config) -> None:
             before = workdir.read_json(trained[k] / workdir.MANIFEST)["settings"]
             identity = {"module": MODULE, "settings": before | settings, "inputs": inputs}
             identity["fingerprint"] = folder.name  # a work folder is named so
+            identity["code"] = workdir.code_digest(MODULE)
             workdir.write_manifest(folder / f"layer_{k}", identity)
         workdir.write_json(folder / "healed.json", {"layers": healed})
 
@@ -81,17 +86,22 @@ def _heal(cfg: Config, title: str, trained: Mapping[int, Path], folder: Path) ->
         device=device,
         trust_remote_code=cfg.model.trust_remote_code,
     )
-    with runtime.progress(title) as progress:
+    blocks = {split: corpus.read_blocks(TOKENS, split) for split in ("train", "validation")}
+    with (
+        progress.shown(title, tokens=cfg.heal.batch_size * blocks["train"].shape[1]) as report,
+        loggers.opened(cfg.runtime, title, folder) as log,
+    ):
         heal.heal_layers(
             model,
             trained,
-            {split: corpus.read_blocks(TOKENS, split) for split in ("train", "validation")},
+            blocks,
             folder,
             cfg=cfg.heal,
             balance_bias_rate=cfg.train.balance_bias_rate,
             seed=cfg.seed,
             dtype=runtime.pick_dtype(cfg.heal.dtype, device),
-            progress=progress,
+            progress=report,
+            log=log,
         )
 
 

@@ -4,11 +4,12 @@ Reads:  the text that `data` names; the tokenizer of stages/dense
 Writes: stages/tokens/{train,validation,heldout,shifted}.safetensors, tokens.json
 Cost:   seconds per megabyte of text
 Run:    python -m pipeline.stages.tokens [key=value ...]
+        python -m pipeline.stages.tokens data=files data.files=[notes/*.txt]
 """
 
 from pathlib import Path
 
-from pipeline import command, workdir
+from pipeline import command, lineage, workdir
 from pipeline.config import Config, select
 from pipeline.stages import DENSE, TOKENS
 
@@ -17,6 +18,9 @@ PARAMS = ("data", "model.id", "model.trust_remote_code")
 
 def run(cfg: Config) -> None:
     from pipeline import record
+
+    inputs = {"dense": workdir.digest(DENSE)}
+    lineage.check(cfg, [DENSE])
 
     def compute(folder: Path) -> None:
         from pipeline import corpus, dense
@@ -31,7 +35,7 @@ def run(cfg: Config) -> None:
         TOKENS,
         module="pipeline.stages.tokens",
         settings=select(cfg, PARAMS),
-        inputs={"dense": workdir.digest(DENSE)},
+        inputs=inputs,
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
     )

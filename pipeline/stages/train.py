@@ -6,6 +6,7 @@ Writes: stages/train/layer_K/{layer.safetensors, config.json, history.csv}, and 
 Cost:   epochs x tokens x 9 x 2 x top_k x d_ff_expert x d_model FLOPs, once more for the control;
         the layer in memory
 Run:    python -m pipeline.stages.train --layer K [key=value ...]
+        python -m pipeline.stages.train --layer 3 train.epochs=10 runtime.logger=tensorboard
 
 With train.window, layers behind the first window are fitted to rows that only `prefill` makes; here
 they are adopted from there.
@@ -14,7 +15,7 @@ they are adopted from there.
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import command, runtime, workdir
+from pipeline import command, lineage, loggers, progress, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.errors import ConfigError
 from pipeline.stages import BUDGET, CAPTURE, TRAIN
@@ -45,10 +46,14 @@ def run(
 ) -> Path:
     store, ffn = CAPTURE / f"layer_{layer}.zarr", CAPTURE / f"ffn_{layer}.safetensors"
     shape = budget / f"layer_{layer}.json"
+    # The reader holds the shards against their commits; of a capture that is all this layer reads.
+    workdir.verify(CAPTURE, f"layer_{layer}.zarr/commits/*", f"ffn_{layer}.safetensors")
+    workdir.verify(budget, f"layer_{layer}.json")
+    lineage.check(cfg, [CAPTURE, budget])
     earlier = layers_before(cfg.train.window, layer, budget)
 
     def compute(folder: Path) -> None:
-        from pipeline import controls, layers, training
+        from pipeline import controls, layers, resume, training
         from pipeline.ffn import DenseFFN
         from pipeline.store import LayerReader
 
@@ -60,15 +65,19 @@ def run(
             fits[folder / controls.STATIC] = (f"static control {layer}", control)
         for into, (title, wanted) in fits.items():
             if layers.is_complete(into):  # of an interrupted run
+                (into / resume.CHECKPOINT).unlink(missing_ok=True)
                 continue
             into.mkdir(exist_ok=True)
             rows = store
             if earlier:
                 rows, digests = _behind(layer, behind)(into != folder)
                 wanted = {**wanted, "behind": digests}
-            with runtime.progress(title) as progress:
+            with (
+                progress.shown(title, tokens=cfg.train.batch_size) as report,
+                loggers.opened(cfg.runtime, title, folder) as log,
+            ):
                 training.fit_layer(
-                    LayerReader(rows),
+                    LayerReader(rows, device),
                     DenseFFN.load(ffn),
                     wanted,
                     into,
@@ -77,7 +86,8 @@ def run(
                     seed=cfg.seed,
                     device=device,
                     dtype=runtime.pick_dtype(cfg.train.dtype, device),
-                    progress=progress,
+                    progress=report,
+                    log=log,
                 )
 
     return workdir.produce(

@@ -1,0 +1,37 @@
+"""How long stages took on this machine, for `plan`: beside the work, and in no artefact.
+
+`.scratch/measured/<unit>.json` holds the seconds of the last run of a unit that began anew here,
+and the configuration that it ran with.
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import compose, workdir
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+
+FOLDER = "measured"
+
+
+def note(cfg: Config) -> None:
+    """Keep how long this process took for what it computed from beginning to end."""
+    plain = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    for unit, seconds in workdir.computed.items():
+        folder = workdir.scratch_root() / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        workdir.write_json(folder / f"{unit}.json", {"seconds": seconds, "configuration": plain})
+
+
+def read(root: Path) -> dict[str, tuple[float, Config]]:
+    """Unit -> seconds and configuration; what an older version wrote otherwise is left out."""
+    found = {}
+    for path in sorted((root / FOLDER).glob("*.json")):
+        try:
+            kept = workdir.read_json(path)
+            cfg = compose.checked(DictConfig(kept["configuration"]))
+            found[path.stem] = float(kept["seconds"]), cfg
+        except (PipelineError, KeyError, TypeError):
+            continue
+    return found
