@@ -4,6 +4,7 @@
 it once more with them. The front matter is huggingface_hub's own, so that the hub reads it.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ def licence(source: str, revision: str | None) -> dict[str, str]:
 
     Only what is on this machine is read: a model of the hub has been fetched before.
     """
-    if Path(source).is_dir():
-        found: Any = Path(source) / NAME
-    else:
-        found = try_to_load_from_cache(source, NAME, revision=revision)
+    found: Any = Path(source) / NAME
+    if not Path(source).is_dir():
+        with contextlib.suppress(HFValidationError):  # neither a folder nor a name: refused later
+            found = try_to_load_from_cache(source, NAME, revision=revision)
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return {}
     try:
@@ -137,7 +138,7 @@ def merged(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Every setting that the artefacts were made with, by key."""
     settings: dict[str, Any] = {}
     for manifest in manifests.values():
-        settings |= manifest["settings"]
+        settings |= manifest.get("settings", {})  # layers of a notebook have none
     return dict(sorted(settings.items()))
 
 

@@ -15,7 +15,7 @@ from pipeline.pages import render
 from pipeline.shape import MoEShape
 
 NOTHING = 1e-4
-"""What plain pruning loses, as a share of the perplexity or of the cosine, is nothing below this."""
+"""Plain pruning that loses less, as a share of perplexity or cosine, loses nothing."""
 ROUTING = (
     "experts_per_token",
     "unserved_tokens",

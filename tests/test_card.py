@@ -348,3 +348,15 @@ def test_a_damaged_checkpoint_is_not_pushed(checkpoint: Path):
 def test_a_name_that_is_no_repository_is_refused(project: Path, name: str):
     with pytest.raises(ConfigError, match="push_to_hub"):
         compose.load([f"evaluate.push_to_hub='{name}'"])
+
+
+def test_layers_without_recorded_settings_have_a_card():
+    """Those of `train_layer`, which a conversion on its own takes."""
+    given = made_of(content()) | {"manifests": {"train_0": {"files": {}}}, "source": "dense"}
+    text = card.text(given)
+    assert "`dense`" in text and "- text:" not in text and ModelCard(text).data.base_model is None
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "no name", "nobody/nothing"])
+def test_a_model_that_is_not_here_has_no_licence(source: str):
+    assert card.licence(source, None) == {}

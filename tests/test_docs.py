@@ -116,8 +116,8 @@ def test_the_tutorials_plan_is_the_one_that_is_printed(project: Path, capsys):
 # The commands
 
 
-RUN = ("README.md", "docs/tutorial.md", "docs/sweeps.md", "docs/loaders.md", "CONTRIBUTING.md")
-RUN += ("docs/faq.md", "docs/reliability.md")
+RUN = ("README.md", "docs/tutorial.md", "docs/loaders.md", "CONTRIBUTING.md", "docs/faq.md")
+RUN += ("docs/reliability.md", "docs/sweeps.md")
 DOCUMENTS = (*RUN, "docs/example.md")
 """What tells a user what to type; the example is run above."""
 

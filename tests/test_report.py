@@ -800,10 +800,7 @@ def test_only_what_a_clock_makes_differs_between_two_timings(folder: Path, tmp_p
 
 
 def test_a_report_without_timings_says_so_and_why(page: Page, folder: Path):
-    assert (
-        "evaluate.measure_speed is off" in page.text
-        and "in a word" not in page.text
-    )
+    assert "evaluate.measure_speed is off" in page.text and "in a word" not in page.text
     assert not (folder / "speed.json").exists()
     assert "speed" not in json.loads((folder / "headline.json").read_text())
 
