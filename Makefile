@@ -19,8 +19,8 @@ demo: .venv/ready ## dense model, capture, training, sparse checkpoint and repor
 	dvc repro
 	@cat reports/summary.txt
 
-test: .venv/ready ## every test, the slow ones too
-	$(BIN)/python -m pytest -q
+test: .venv/ready ## every test, the slow ones too, on every core
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-demo: .venv/ready ## what the last demo must have reached
 	$(BIN)/python -m pytest -q tests/after_demo.py
