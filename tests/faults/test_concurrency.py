@@ -27,14 +27,17 @@ class Gate:
 
     def stop(self) -> None:
         self.reached.touch()
-        while not self.opened.exists():
-            time.sleep(0.005)
+        _wait_for(self.opened)
 
     def wait(self) -> None:
-        until = time.monotonic() + LIMIT_S
-        while not self.reached.exists():
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        _wait_for(self.reached)
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + LIMIT_S  # a child whose test was killed must not stay
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 @pytest.fixture
