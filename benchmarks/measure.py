@@ -57,7 +57,7 @@ def turns(
 ) -> dict[str, list[float]]:
     """Seconds of each way in each of `times` turns; in every turn another one begins."""
     names = list(ways)
-    for name in names * warm_ups:
+    for name in names * (warm_ups if repeats > 1 else 0):
         ways[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(times or repeats):
