@@ -22,6 +22,8 @@ from pipeline.plan import Free, Plan
 from pipeline.pretrain import train_tokenizer
 from pipeline.stages import DENSE
 
+PROJECT = Path(__file__).parent.parent
+
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -200,8 +202,6 @@ def sizes(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    from conftest import PROJECT
-
     root = tmp_path_factory.mktemp("run")
     shutil.copytree(PROJECT / "conf", root / "conf")
     shutil.copy(PROJECT / "params.yaml", root)
