@@ -7,7 +7,7 @@ vocabulary, B tokens of a batch. Multiply and add are 2 FLOPs; a backward pass i
 |---|---|---|---|
 | dense (embedded) | 4 P, while training 16 P more | 6 P x tokens of all steps | 16 P, logits |
 | tokens | 4 T | | the text |
-| capture | `volume.py`, and the FFNs | 2 P T | P, one shard of every layer, logits |
+| capture | `volume.py`, and the FFNs | 2 P T | P, two shards of every layer, logits |
 | budget by kl | | candidates x (2 x 2 P T and a start) | 4 P, a start |
 | train, a layer | 4 s, while training 32 s more | 6 x active x T x epochs, a start | see `_train` |
 | heal | 4 S of the FFNs, and a checkpoint | (2 P + 6 active) x tokens | 4 P, 20 s of all, logits |
@@ -149,8 +149,8 @@ def _capture(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
     L = len(sizes.shapes)
     model = sizes.record["parameters"] * sizes.itemsize
     passed = batch * sizes.itemsize * (sizes.head + 4 * widest + (2 * L + 8) * D)
-    # every layer's shard, one of them joined, and what the codec makes of that
-    kept = (2 * L + 6) * one.shard_raw_bytes
+    # two shards of every layer (one is being written), one of them joined, and the codec's work
+    kept = (4 * L + 6) * one.shard_raw_bytes
     return sizes.split(
         model + passed,
         kept=kept,
