@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-demo test-quick check bench bench-quality docs soak format clean distclean
+.PHONY: help demo test test-demo test-quick test-slurm check bench bench-quality docs soak format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: .venv/ready ## every test, the slow ones too, on every core
 
 test-demo: .venv/ready ## what the last demo must have reached
 	$(BIN)/python -m pytest -q tests/after_demo.py
+
+test-slurm: .venv/ready ## a real Slurm on loopback (apt-get as root): kills, lost nodes, requeues, the tiny model
+	$(BIN)/python tests/slurm/packages.py --accounting
+	$(BIN)/python -m pytest -q tests/slurm/test_slurm.py tests/slurm/proof.py
 
 test-quick: .venv/ready ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m 'not slow'

@@ -18,7 +18,8 @@ from pipeline import runtime
 from pipeline.config import RuntimeConfig
 
 NAMES = (
-    "layer", "store", "activations", "fitting", "sweep", "inference", "conversion", "startup",
+    "layer", "store", "objects", "activations", "fitting", "sweep", "inference", "conversion",
+    "launching", "startup",
 )  # fmt: skip
 OUTPUT = Path("benchmarks/results.json")
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks import measure
 from benchmarks.measure import Row
+from benchmarks.models import VOCAB, llama
 from pipeline import compose
 from pipeline.capture import capture_activations
 from pipeline.config import CaptureConfig, Codec
@@ -30,8 +31,8 @@ TINY = ((64, 1024, torch.float32),)  # d_model, tokens, dtype of the model
 def rows(quick: bool) -> Iterator[Row]:
     cfg = compose.load([]).capture
     for d_model, tokens, dtype in TINY if quick else SIZES:
-        model = llama(d_model, dtype)
-        blocks = torch.randint(4096, (tokens // SEQUENCE, SEQUENCE))
+        model = llama(d_model, LAYERS, dtype)
+        blocks = torch.randint(VOCAB, (tokens // SEQUENCE, SEQUENCE))
         with tempfile.TemporaryDirectory() as name:
             ways: dict[str, Callable[[], object]] = {
                 codec.name: _capture(model, blocks, Path(name), replace(cfg, codec=codec))
@@ -48,19 +49,6 @@ def rows(quick: bool) -> Iterator[Row]:
                 size=f"{LAYERS} layers, d {d_model}, d_ff {4 * d_model}, {tokens} tokens",
                 reach=goal if d_model >= 1024 else "",
             )
-
-
-def llama(d_model: int, dtype: torch.dtype) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=d_model,
-        intermediate_size=4 * d_model,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=max(1, d_model // 64),
-        num_key_value_heads=max(1, d_model // 256),
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def _capture(

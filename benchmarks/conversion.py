@@ -17,21 +17,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import measure
 from benchmarks.measure import Row
+from benchmarks.models import VOCAB, llama
 from pipeline import checkpoint, proof
 from pipeline.layers import save_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
-SIZES = ((1024, 12), (1024, 24))  # d_model, layers
+SIZES = ((1024, 24), (2048, 24))  # d_model, layers
 TINY = ((64, 2),)
 
 
@@ -74,18 +70,9 @@ def _rows(folder: Path, d_model: int, n_layers: int) -> Iterator[Row]:
 
 def make(folder: Path, d_model: int, n_layers: int) -> None:
     """A dense checkpoint and its layers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=d_model,
-        intermediate_size=4 * d_model,
-        num_hidden_layers=n_layers,
-        num_attention_heads=max(1, d_model // 64),
-        num_key_value_heads=max(1, d_model // 256),
-    )
-    model = LlamaForCausalLM(config).bfloat16()
+    model = llama(d_model, n_layers, torch.bfloat16)
     model.save_pretrained(folder / "dense", max_shard_size="200MB")
-    word = Tokenizer(models.WordLevel({f"w{i}": i for i in range(4096)}, unk_token="w0"))
+    word = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=word).save_pretrained(folder / "dense")
     shape = MoEShape(
         d_model=d_model,
@@ -112,13 +99,13 @@ def assemble(folder: Path) -> None:
     found = {int(p.name.removeprefix("layer_")): p for p in folder.glob("layer_*")}
     how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
     conversion = checkpoint.Conversion(str(folder / "dense"), found, {}, how)
-    conversion.write(folder / "sparse", "200MB")
+    written = conversion.write(folder / "sparse", "200MB")
 
     def in_memory() -> PreTrainedModel:
         raise AssertionError("free=0 rules it out")
 
     vocab_size = conversion.described["vocab_size"]
-    proof.prove(folder / "sparse", conversion.tensors, in_memory, vocab_size, 0.0, free=0)
+    proof.prove(folder / "sparse", written, in_memory, vocab_size, 0.0, free=0)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.store import LayerReader, LayerWriter
 from pipeline.training import Objective, begin, fit_layer, step
 
 SEQUENCE = 256
-TRAINED = ((256, 32768), (512, 32768), (512, 65536))  # d_model, tokens
+TRAINED = ((256, 16384), (256, 32768), (512, 16384))  # d_model, tokens
 CLOSED = ((768, 2048, 16384), (1536, 4096, 16384), (3072, 8192, 16384))  # d_model, d_ff, tokens
 STREAMED = (65536, 262144)  # tokens, at d_model 256
 TINY_TRAINED, TINY_CLOSED, TINY_STREAMED = ((32, 4096),), ((32, 64, 1024),), (2048, 4096)

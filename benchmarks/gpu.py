@@ -4,38 +4,58 @@
     dense       a dense FFN of equal active FLOPs, forward and backward
     sparse      16 experts of half width, top-2, forward and backward
     step        a training step on one batch: the losses, clipping and AdamW too
-    training    the same steps, shuffled rows from host memory: what waiting for the loader costs
-    capture     4 layers of the shape beside the bare forward pass, the store on local disk
+    resident    the same steps, shuffled rows that lie on the GPU
+    fed         the same steps, shuffled rows of host memory: what waiting for the loader costs
+    whole       a layer from nothing: a start by specialists, then 3 epochs, and both validations
+    capture     a model of the shape beside its bare forward pass; the store on local disk
 
-Needs torch, numpy and the parts of the package that it times; capture also needs what the store
-needs, and is left out where that is missing. Without a GPU it says so and exits 0.
+Needs torch, numpy, safetensors and the parts of the package that it times; capture also needs
+transformers and what the store needs, and is left out where one is missing. Without a GPU it says
+so and exits 0. Training holds `tokens` rows in host memory, 12 kB each.
 
 python -m benchmarks.gpu [--tokens N] [--output FILE]
 """
 
 import argparse
 import contextlib
-import io
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import compose
+from pipeline import resident, shuffle
+from pipeline.config import (
+    CaptureConfig,
+    Codec,
+    Dtype,
+    DynamicConfig,
+    Kernel,
+    MoEConfig,
+    RouterInit,
+    Schedule,
+    Store,
+    TrainConfig,
+)
 from pipeline.ffn import DenseFFN
 from pipeline.kernels import pick_kernel
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
-from pipeline.training import Objective, begin, step
+from pipeline.start import start_layer
+from pipeline.training import Objective, begin, fit_layer, step
 
-REPEATS = 7
+REPEATS, FEW = 7, 3  # of what takes milliseconds, and seconds
+EPOCHS = 3
+MADE = 65536  # rows that are made at a time
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,10 @@ class Size:
     d_ff: int = 8192
     batch: int = 16384  # tokens of a step
     square: int = 8192  # of the products
+    layers: int = 28  # of the captured model
+    vocabulary: int = 128256
+    sequence: int = 512  # tokens of a captured sequence
+    captured: int = 16384  # tokens
 
     @property
     def shape(self) -> MoEShape:
@@ -65,22 +89,56 @@ class Size:
         return self.batch * 3 * 2 * 3 * self.d_model * self.d_ff
 
 
-TINY = Size(64, 128, 256, 128)
+TINY = Size(64, 128, 256, 128, layers=2, vocabulary=256, sequence=32, captured=256)
+
+MOE = MoEConfig(  # what a start and a training read of it
+    init_noise=0.0,
+    virtual_groups=False,
+    router_init=RouterInit.random,
+    refit=False,
+    mean_compensation=False,
+    dynamic=DynamicConfig(enabled=False),
+)
+TRAIN = TrainConfig(
+    epochs=EPOCHS,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    warmup_steps=20,
+    schedule=Schedule.cosine,
+    grad_clip=1.0,
+    normalize_mse=True,
+    use_cosine_loss=True,
+    cosine_loss_weight=0.1,
+    load_balance_coef=0.01,
+    router_z_coef=0.001,
+    data_free=False,
+    evaluate_every=10**9,
+    patience=0,
+    checkpoint_every=10**9,
+    stream=False,
+    kernel=Kernel.auto,
+)
 
 
-class RandomRows:
-    """What stands in for a store: rows in host memory, pinned where there is a GPU."""
+class HostRows:
+    """What stands in for a store: rows in host memory, and what a dense FFN gives of them."""
 
-    def __init__(self, size: Size, tokens: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(2, tokens, size.d_model, generator=generator).bfloat16()
-        self.pair = drawn.pin_memory() if device.type == "cuda" else drawn
+    def __init__(self, size: Size, tokens: int, ffn: DenseFFN, device: torch.device) -> None:
+        self.path, self.d_model = Path("host memory"), size.d_model
         self.rows = {"train": tokens, "validation": size.batch}
-        self.d_model = size.d_model
+        n, ffn = tokens + size.batch, ffn.to(device, torch.bfloat16)
+        self.pair = tuple(torch.empty(n, size.d_model, dtype=torch.bfloat16) for _ in range(2))
+        torch.manual_seed(0)
+        for first in range(0, n, MADE):
+            x_TD = torch.randn(min(MADE, n - first), size.d_model, device=device).bfloat16()
+            for side, made in zip(self.pair, (x_TD, ffn(x_TD)), strict=True):
+                side[first : first + len(made)].copy_(made)
 
     def read(self, split: str, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        stop = self.rows[split] if stop is None else stop
-        return self.pair[0, start:stop], self.pair[1, start:stop]
+        first = 0 if split == "train" else self.rows["train"]
+        start, stop, _ = slice(start, stop).indices(self.rows[split])
+        x_TD, y_TD = (side[first + start : first + stop] for side in self.pair)
+        return x_TD, y_TD
 
     def batches(
         self,
@@ -92,73 +150,97 @@ class RandomRows:
         skip: int = 0,
         in_memory: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(self.rows[split], generator=generator)
-        for picked in order.split(batch_size)[skip:]:
-            if len(picked) == batch_size:
-                yield self.pair[0].index_select(0, picked), self.pair[1].index_select(0, picked)
+        order = shuffle.permutation(self.rows[split], seed, epoch, split, 0)
+        yield from shuffle.batches([(order[skip * batch_size :], self.read(split))], batch_size)
+
+
+def dense_ffn(size: Size, device: torch.device) -> DenseFFN:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device) * shape[1] ** -0.5
+
+    D, W = size.d_model, size.d_ff
+    return DenseFFN(up_proj=normal(W, D), down_proj=normal(D, W), gate_proj=normal(W, D))
 
 
 class DenseLayer(nn.Module):
-    def __init__(self, size: Size) -> None:
+    def __init__(self, ffn: DenseFFN) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(2 * size.d_ff, size.d_model) * 0.02)
-        self.down_proj = nn.Parameter(torch.randn(size.d_model, size.d_ff) * 0.02)
+        assert ffn.gate_proj is not None
+        self.gate_up_proj = nn.Parameter(torch.cat([ffn.gate_proj, ffn.up_proj]))
+        self.down_proj = nn.Parameter(ffn.down_proj.clone())
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate, up = F.linear(x_TD, self.gate_up_proj).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.down_proj)
 
 
-def measured(size: Size, tokens: int, device: torch.device) -> dict[str, object]:
-    """Milliseconds (median, least, most), shares of the ceiling, and peak memory."""
-    dtype = torch.bfloat16
+Figures = dict[str, Any]
+
+
+class Clock:
+    """Milliseconds and peak memory of what is timed on the device, by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ms: dict[str, dict[str, float]] = {}
+        self.peak: dict[str, int] = {}
+
+    def time(
+        self, name: str, call: Callable[[], object], repeats: int = REPEATS, parts: int = 1
+    ) -> float:
+        """Median of `repeats` after a warm-up; of one of `parts` equal ones."""
+        cuda, found = self.device.type == "cuda", []
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for repeat in range(repeats + 1):
+            self.wait()
+            began = time.perf_counter()
+            call()
+            self.wait()
+            if repeat or repeats == 1:
+                found.append((time.perf_counter() - began) * 1e3 / parts)
+        median = statistics.median(found)
+        self.ms[name] = {"median": median, "least": min(found), "most": max(found)}
+        if cuda:
+            self.peak[name] = torch.cuda.max_memory_allocated()
+        return median
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def layer_figures(size: Size, tokens: int, clock: Clock) -> Figures:
+    """The layer beside the dense one, and its training."""
+    device, dtype = clock.device, torch.bfloat16
     a = torch.randn(size.square, size.square, device=device, dtype=dtype)
+    products = clock.time("products", lambda: a @ a)
+    ceiling = 2 * size.square**3 / products
     x = torch.randn(size.batch, size.d_model, device=device, dtype=dtype, requires_grad=True)
-    moe = SparseMoE(size.shape)
+    ffn = dense_ffn(size, device)
+    dense = clock.time("dense", _pass(DenseLayer(ffn).to(device, dtype), x))
+    with device:
+        moe = SparseMoE(size.shape)
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.02)
     moe.kernel, reason = pick_kernel(device.type, dtype, size.shape)
-    ms = {
-        "products": timed(lambda: a @ a, device),
-        "dense": timed(_pass(DenseLayer(size).to(device, dtype), x), device),
-        "sparse": timed(_pass(moe.to(device, dtype), x), device),
-        **_trained(size, tokens, device),
-    }
-    ceiling = 2 * size.square**3 / ms["products"]["median"]
-    found: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "size": asdict(size),
-        "kernel": f"{moe.kernel} ({reason})",
-        "ms": ms,
+    sparse = clock.time("sparse", _pass(moe.to(device, dtype), x))
+    kernel = f"{moe.kernel} ({reason})"
+    del moe, x
+    rows = HostRows(size, tokens, ffn, device)
+    one = _steps(size, rows, ffn, clock)
+    seconds = _whole(size, rows, ffn, device)
+    work = size.flops * (tokens // size.batch) * EPOCHS
+    rates = {name: size.flops / clock.ms[name]["median"] for name in ("dense", "sparse", *one)}
+    rates |= {"whole, without its start": work / seconds["training"] / 1e3}
+    return {
+        "kernel": kernel,
         "teraflops of the products": ceiling / 1e9,
-        "sparse, of the dense layer's speed": ms["dense"]["median"] / ms["sparse"]["median"],
-        "training, of a step's speed on one batch": ms["step"]["median"] / ms["training"]["median"],
+        "sparse, of the dense layer's speed": dense / sparse,
+        **{f"{n}, of a step's speed on one batch": one["step"] / one[n] for n in list(one)[1:]},
+        **{f"{name}, of the products' rate": rate / ceiling for name, rate in rates.items()},
+        "seconds of a whole layer": seconds | {"epochs": EPOCHS, "tokens": tokens},
     }
-    for name in ("dense", "sparse", "step", "training"):
-        found[f"{name}, of the products' rate"] = size.flops / ms[name]["median"] / ceiling
-    if device.type == "cuda":
-        found["peak bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def timed(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of a call, the device's work included."""
-    found = []
-    for repeat in range(REPEATS + 2):
-        _wait(device)
-        began = time.perf_counter()
-        call()
-        _wait(device)
-        if repeat > 1:  # warm
-            found.append((time.perf_counter() - began) * 1e3)
-    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _pass(module: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -170,30 +252,49 @@ def _pass(module: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def _trained(size: Size, tokens: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """A step on one batch, and what one takes in an epoch of shuffled rows."""
-    cfg = compose.load(["train.warmup_steps=0", "moe.init=random", "moe.router_init=random"])
-    train = replace(cfg.train, batch_size=size.batch)
-    rows = RandomRows(size, tokens, device)
+def _plan(size: Size, init: str) -> Figures:
+    return {"layer": 0, "shape": asdict(size.shape), "init": init, "host": "mixtral"}
+
+
+def _steps(size: Size, rows: HostRows, ffn: DenseFFN, clock: Clock) -> dict[str, float]:
+    """Milliseconds of a step: on one batch, and in an epoch of either way to bring them."""
+    device, train = clock.device, replace(TRAIN, batch_size=size.batch, warmup_steps=0)
     objective = Objective(rows, train, device, torch.bfloat16)
-    plan = {"layer": 0, "shape": asdict(size.shape), "init": "random", "host": "mixtral"}
-    dense = DenseLayer(size)
-    gate, up = dense.gate_up_proj.detach().chunk(2)
-    ffn = DenseFFN(up_proj=up, down_proj=dense.down_proj.detach(), gate_proj=gate)
-    fit = begin(rows, ffn, plan, objective, moe_cfg=cfg.moe, seed=0, total=10**6)
+    fit = begin(rows, ffn, _plan(size, "random"), objective, moe_cfg=MOE, seed=0, total=10**6)
     batch = tuple(side.to(device) for side in rows.read("train", 0, size.batch))
+    found = {"step": clock.time("step", lambda: step(fit, objective, *batch))}
+    ways: dict[str, Callable[[], resident.Batches]] = {"rows": lambda: rows.batches}
+    if device.type == "cuda":
+        ways = {"fed": lambda: resident.fed(rows, device)}
+        ways["resident"] = lambda: resident.gathered(resident.upload(rows, "train", device))
+    steps = rows.rows["train"] // size.batch
+    for name, way in ways.items():
+        batches = way()
 
-    def epoch() -> None:
-        for x, y in rows.batches("train", size.batch, seed=0, epoch=0):
-            step(fit, objective, x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        def epoch(batches: resident.Batches = batches) -> None:
+            for pair in batches("train", size.batch, seed=0, epoch=0):
+                step(fit, objective, *pair)
 
-    one = timed(lambda: step(fit, objective, *batch), device)
-    whole = timed(epoch, device)
-    return {"step": one, "training": {n: ms / (tokens // size.batch) for n, ms in whole.items()}}
+        found[name] = clock.time(name, epoch, FEW, steps)
+    return found
 
 
-def _captured(size: Size, device: torch.device) -> dict[str, object]:
-    """Capture of 4 layers beside the bare forward pass, and the store's rate."""
+def _whole(size: Size, rows: HostRows, ffn: DenseFFN, device: torch.device) -> dict[str, float]:
+    """Seconds of a layer's start, by specialists, and of its training."""
+    train, plan = replace(TRAIN, batch_size=size.batch), _plan(size, "specialist")
+    began = time.perf_counter()
+    made = start_layer(ffn, plan, MOE, rows, seed=0, device=device)
+    made.down_proj.sum().item()  # which waits for it
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        given = {"moe_cfg": MOE, "cfg": train, "seed": 0, "device": device, "start": made}
+        dtype = torch.bfloat16
+        fit_layer(rows, ffn, plan, Path(folder), dtype=dtype, **given)  # pyright: ignore
+    return {"start": started - began, "training": time.perf_counter() - started}
+
+
+def capture_figures(size: Size, clock: Clock) -> Figures:
+    """Capture beside the bare forward pass, and what of it takes longest alone."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -201,33 +302,61 @@ def _captured(size: Size, device: torch.device) -> dict[str, object]:
     except ImportError as missing:
         return {"capture": f"left out: {missing}"}
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=size.vocabulary,
         hidden_size=size.d_model,
         intermediate_size=size.d_ff,
-        num_hidden_layers=4,
+        num_hidden_layers=size.layers,
         num_attention_heads=max(1, size.d_model // 128),
         num_key_value_heads=max(1, size.d_model // 384),
+        dtype=torch.bfloat16,
     )
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()  # pyright: ignore
-    blocks = torch.randint(4096, (size.batch // 128, 128))
-    cfg = compose.load([]).capture
+    with clock.device:
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()  # pyright: ignore
+    blocks = torch.randint(size.vocabulary, (size.captured // size.sequence, size.sequence))
+    cfg = CaptureConfig(
+        dtype=Dtype.bfloat16,
+        store=Store.both,
+        codec=Codec.compact,
+        shard_mb=16,
+        chunk_mb=1,
+        batch_size=16,
+    )
+    raw = size.layers * 2 * blocks.numel() * size.d_model * 2
 
     @torch.inference_mode()
     def forward() -> None:
         for part in blocks.split(cfg.batch_size):
-            model(input_ids=part.to(device), use_cache=False)
+            model(input_ids=part.to(clock.device), use_cache=False)
 
-    def capture() -> None:
+    def capture(codec: Codec) -> None:
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            capture_activations(model, {"train": blocks}, Path(folder), cfg=cfg)
+            there = {"train": blocks}
+            capture_activations(model, there, Path(folder), cfg=replace(cfg, codec=codec))
 
-    bare, kept = timed(forward, device), timed(capture, device)
-    stored = 4 * 2 * blocks.numel() * size.d_model * 2
+    block = os.urandom(min(raw, 2**24))
+
+    def disk() -> None:
+        with tempfile.TemporaryFile(dir=".") as file:
+            for _ in range(raw // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    alone = {"forward": clock.time("forward", forward, FEW), "disk": clock.time("disk", disk, FEW)}
+    found = {
+        codec.name: clock.time(f"capture, {codec.name}", lambda codec=codec: capture(codec), FEW)
+        for codec in (Codec.none, Codec.fast, Codec.compact)
+    }
+    slowest = max(alone, key=lambda name: alone[name])
     return {
-        "ms of capture": kept,
-        "ms of its forward pass": bare,
-        "capture / forward": kept["median"] / bare["median"],
-        "raw MB/s into the store": stored / 1e3 / kept["median"],
+        "captured": {"layers": size.layers, "tokens": blocks.numel(), "raw bytes": raw},
+        **{f"capture, {name} / forward": ms / alone["forward"] for name, ms in found.items()},
+        **{f"raw MB/s into the store, {name}": raw / 1e3 / ms for name, ms in found.items()},
+        "raw MB/s onto the disk": raw / 1e3 / alone["disk"],
+        "the slower of pass and disk": slowest,
+        "the rest of a capture (weights, copies, codec)": {
+            name: 1 - alone[slowest] / ms for name, ms in found.items()
+        },
     }
 
 
@@ -245,13 +374,24 @@ def main() -> None:
     if not cuda and not args.quick:
         print("There is no CUDA device: nothing to measure. `make bench` is for CPUs.")
         return
-    device = torch.device("cuda" if cuda else "cpu")
-    size, tokens = (TINY, 1024) if args.quick else (Size(), args.tokens)
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = measured(size, tokens, device) | _captured(size, device)
+    found = measured(*(TINY, 1024) if args.quick else (Size(), args.tokens), cuda=cuda)
     print(json.dumps(found, indent=1))
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def measured(size: Size, tokens: int, *, cuda: bool) -> Figures:
+    clock = Clock(torch.device("cuda" if cuda else "cpu"))
+    with contextlib.redirect_stdout(sys.stderr):  # what a run says of its choices
+        found = layer_figures(size, tokens, clock) | capture_figures(size, clock)
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "size": asdict(size),
+        **found,
+        "ms": clock.ms,
+        **({"peak bytes": clock.peak} if cuda else {}),
+    }
 
 
 if __name__ == "__main__":

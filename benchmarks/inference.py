@@ -8,22 +8,24 @@ over prompts; decode is greedy generation behind them, prefill left out.
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers import PreTrainedModel as Model
 
 from benchmarks import measure
 from benchmarks.measure import Row
+from benchmarks.models import VOCAB, llama, sizes
 
-PROMPT, NEW, LAYERS, VOCAB = 128, 16, 4, 4096
-SIZES = (1024, 2048)  # d_model
+PROMPT, NEW, LAYERS = 128, 16, 4
+SIZES = {1024: (torch.float32, torch.bfloat16), 2048: (torch.bfloat16,)}  # d_model: dtypes
+TINY = {64: (torch.float32, torch.bfloat16)}
 BATCHES = (1, 16)
 ACTIVE = {"50 %": 2, "25 %": 4}  # the dense width over an expert's
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    for d_model in (64,) if quick else SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
-            models = {"dense": _dense(d_model).to(dtype).eval()}
+    for d_model, dtypes in (TINY if quick else SIZES).items():
+        for dtype in dtypes:
+            models = {"dense": llama(d_model, LAYERS, dtype)}
             for active, parts in ACTIVE.items():
                 models[active] = _sparse(d_model, 4 * d_model // parts).to(dtype).eval()
             for batch in BATCHES:
@@ -52,32 +54,16 @@ def _rows(models: dict[str, Model], d_model: int, dtype: torch.dtype, batch: int
             )
 
 
-def _dense(d_model: int) -> Model:
-    torch.manual_seed(0)
-    config = LlamaConfig(**_common(d_model), intermediate_size=4 * d_model)
-    return LlamaForCausalLM(config)
-
-
 def _sparse(d_model: int, width: int) -> Model:
     torch.manual_seed(0)
     config = MixtralConfig(
-        **_common(d_model),
+        **sizes(d_model, LAYERS),
         intermediate_size=width,
         num_local_experts=4,
         num_experts_per_tok=1,
         sliding_window=None,
     )
     return MixtralForCausalLM(config)
-
-
-def _common(d_model: int) -> dict[str, int]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": d_model,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": max(1, d_model // 64),
-        "num_key_value_heads": max(1, d_model // 256),
-    }
 
 
 def _prefill(model: Model, prompt: torch.Tensor) -> Callable[[], None]:

@@ -26,8 +26,9 @@ from statistics import median
 import torch
 
 from benchmarks import measure, streaming
-from benchmarks.activations import LAYERS, llama
+from benchmarks.activations import LAYERS
 from benchmarks.measure import Row
+from benchmarks.models import VOCAB, llama
 from benchmarks.streaming import Recipe
 from pipeline import budget, compose, dense, runtime
 from pipeline.capture import capture_activations
@@ -79,7 +80,7 @@ class Sweep:
         self.cfg.capture.codec = compose.load([]).capture.codec
         self.folder, self.steps, self.d_model = folder, steps, d_model
         self.device = torch.device("cpu")
-        self.model = llama(d_model, torch.float32)
+        self.model = llama(d_model, LAYERS, torch.float32)
         self.blocks = text(steps * self.cfg.train.batch_size, seed=1)
         few = {"validation": text(self.cfg.train.batch_size, seed=2)}
         capture_activations(self.model, few, folder / "starts", cfg=self.cfg.capture)
@@ -166,7 +167,7 @@ class Sweep:
 
 def text(tokens: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4096, (tokens // SEQUENCE, SEQUENCE), generator=generator)
+    return torch.randint(VOCAB, (tokens // SEQUENCE, SEQUENCE), generator=generator)
 
 
 def main() -> None:

@@ -74,14 +74,21 @@ python -m pipeline compose
 python -m pipeline compose --print moe.n_experts=8""",
     ),
     "prefill": Tool(
-        "fit layers at once, by one of Hydra's launchers",
+        "compute layers and parts of the capture ahead, by one of Hydra's launchers",
         "prefill",
         "main",
-        {"overrides": {**OVERRIDES, "metavar": "-m layer=K,L key=value"}},
+        {
+            "overrides": {**OVERRIDES, "metavar": "layer=K|shards=I/N key=value"},
+            "-m": {**FLAG, "help": "several: layer=K,L,... or shards=1/N,2/N,...; of settings too"},
+            "--status": {**FLAG, "help": "show how the units stand that were asked for"},
+            "--json": JSON,
+        },
         """
 python -m pipeline prefill layer=0
 python -m pipeline prefill -m layer=0,1,2,3 hydra/launcher=joblib
-python -m pipeline prefill -m layer=0,1,2,3 hydra/launcher=submitit_slurm moe.n_experts=8""",
+python -m pipeline prefill -m shards=1/4,2/4,3/4,4/4 hydra/launcher=joblib
+python -m pipeline prefill -m layer=0,1,2,3 hydra/launcher=submitit_slurm moe.n_experts=8,16
+python -m pipeline prefill --status""",
     ),
     "verify": Tool(
         "re-hash every artefact below a folder",
@@ -100,10 +107,12 @@ python -m pipeline verify ../copied/stages/convert""",
             "--dry-run": {**FLAG, "help": "only show what would go"},
             "--yes": {**FLAG, "help": "do not ask"},
             "--all": {**FLAG, "help": "finished work and measurements too"},
+            "--objects": {**FLAG, "help": "and the shards at capture.store_url of work that goes"},
         },
         """
 python -m pipeline clean
 python -m pipeline clean --dry-run --all
+python -m pipeline clean --objects
 python -m pipeline clean --yes""",
     ),
     "completion": Tool(
@@ -153,13 +162,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     main_parser = parser()
-    args, flags = main_parser.parse_known_args(argv)
+    args, more = main_parser.parse_known_args(argv)
     tool = TOOLS[args.tool]
+    if "overrides" in tool.arguments:  # those behind a flag, too
+        args.overrides += [word for word in more if not word.startswith("-")]
+        more = [word for word in more if word.startswith("-")]
+    if more:
+        main_parser.error(f"unrecognized arguments: {' '.join(more)}")
     values = [getattr(args, name.lstrip("-").replace("-", "_")) for name in tool.arguments]
-    if flags and args.tool != "prefill":  # which passes Hydra's flags on
-        main_parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    if flags:
-        values = [[*flags, *args.overrides]]
 
     def act() -> None:
         body: Callable[..., None] = getattr(import_module(f"pipeline.{tool.module}"), tool.act)

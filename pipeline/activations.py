@@ -1,37 +1,40 @@
 """Hooks that give each layer's FFN input and output while a model runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
 from pipeline.discovery import FFNSlot
 
+INPUT, OUTPUT = 0, 1
+"""The sides of an FFN."""
+
+Keep = Callable[[int, int, Tensor], object]
+"""Called with (layer, side, rows). The rows, (tokens, d_model), detached and on the model's device,
+in the order of the batch's tokens, are the model's own: Falcon adds to its FFN's output in place,
+so who wants them later copies them."""
+
 
 @contextmanager
-def record_ffn(
-    places: Mapping[int, FFNSlot | nn.Module],
-) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Hook `places` (layer -> its FFN); yields layer -> (ffn_input, ffn_output).
+def hook_ffn(places: Mapping[int, FFNSlot | nn.Module], keep: Keep) -> Iterator[None]:
+    """Give `keep` both sides of the FFNs at `places` (layer -> its FFN) at each forward pass.
 
-    A slot is recorded, be its FFN dense or replaced. Both are (tokens, d_model), detached, on
-    the model's device, in the order of the batch's tokens, and replaced at each forward pass. The
-    hooks are gone when the context ends, however it ends.
+    A slot is hooked, be its FFN dense or replaced. The hooks are gone when the context ends,
+    however it ends.
     """
-    recorded: dict[int, tuple[Tensor, Tensor]] = {}
-    given: dict[int, Tensor] = {}
 
     def enter(layer: int):
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            given[layer] = _rows(inputs[0])
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            keep(layer, INPUT, _rows(inputs[0]))
 
-        return keep
+        return hook
 
     def leave(layer: int):
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            recorded[layer] = (given.pop(layer), _rows(output))
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            keep(layer, OUTPUT, _rows(output))
 
-        return keep
+        return hook
 
     with ExitStack() as stack:
         for layer, place in places.items():
@@ -39,9 +42,27 @@ def record_ffn(
             first, last = (place.entry, place.module) if slot else (place, place)
             stack.callback(first.register_forward_pre_hook(enter(layer)).remove)
             stack.callback(last.register_forward_hook(leave(layer)).remove)
+        yield
+
+
+@contextmanager
+def record_ffn(
+    places: Mapping[int, FFNSlot | nn.Module],
+) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Hook `places`; yields layer -> (ffn_input, ffn_output), copies, replaced at each pass."""
+    recorded: dict[int, tuple[Tensor, Tensor]] = {}
+    given: dict[int, Tensor] = {}
+
+    def keep(layer: int, side: int, rows: Tensor) -> None:
+        if side == INPUT:
+            given[layer] = rows.clone()
+        else:
+            recorded[layer] = (given.pop(layer), rows.clone())
+
+    with hook_ffn(places, keep):
         yield recorded
 
 
 def _rows(states: Tensor) -> Tensor:
-    """(..., D) -> (T, D), copied: Falcon adds to its FFN's output in place."""
-    return states.detach().clone().reshape(-1, states.shape[-1])
+    """(..., D) -> (T, D)."""
+    return states.detach().reshape(-1, states.shape[-1])

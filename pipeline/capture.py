@@ -3,28 +3,36 @@
 Shard k of a split is a fixed range of its token stream, so a killed capture is continued shard by
 shard and writing one again changes nothing. A shard is compressed and written while the next one is
 computed, so that two of every layer are held in memory: `4 x layers x shard_mb`.
+
+Parts of a capture, each a range of the shards of all splits in a row, may be written into one
+folder at the same time; together they are the bytes that one run writes.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import preflight, volume
-from pipeline.activations import record_ffn
-from pipeline.config import CaptureConfig, Codec, Dtype, Store
+from pipeline.commits import commit_path
+from pipeline.config import CaptureConfig, Dtype, Store
 from pipeline.corpus import check_token_ids
 from pipeline.dense import select_layers
-from pipeline.discovery import FFNSlot, find_ffns
+from pipeline.discovery import find_ffns
+from pipeline.errors import ArtifactError
 from pipeline.ffn import DenseFFN
-from pipeline.preflight import size
+from pipeline.locks import Part
+from pipeline.passes import Forward, Passes, Rows, of_forward, of_model
 from pipeline.progress import Progress, silent
+from pipeline.room import check_room
 from pipeline.store import LayerReader, LayerWriter
+from pipeline.workdir import file_digest, fsync, remove_partials, unique_partial
 
-Forward = Callable[[Tensor, Collection[int]], Mapping[int, tuple[Tensor, Tensor]]]
-"""(B, S) token ids and layers -> each layer's FFN input and output, (B S, D) each."""
+T = TypeVar("T")
 
 
 def capture_activations(
@@ -37,6 +45,8 @@ def capture_activations(
     dtype: torch.dtype | None = None,
     attributes: Mapping[str, object] | None = None,
     forward: Forward | None = None,
+    part: Part | None = None,
+    store_url: str | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write `layer_K.zarr` and `ffn_K.safetensors` for each of `layers` below `folder`.
@@ -50,6 +60,8 @@ def capture_activations(
         dtype: of the stored activations; null = as `cfg.dtype` says.
         attributes: what the stores were made from; kept in each and compared on resume.
         forward: what runs the model; null = itself, its FFNs recorded.
+        part: only this share of the shards, while others may write theirs; null = all of them.
+        store_url: object store that takes the shards, as `capture.store_url`; null = `folder` does.
 
     Raises:
         InputError: the model lacks a layer or a token's embedding, or an activation is not finite.
@@ -65,152 +77,161 @@ def capture_activations(
     store = Store.both if forward else cfg.store  # what its outputs are, no dense FFN can say
     rows = {split: b.numel() for split, b in blocks.items()}
     ffns = {layer: slots[layer].weights() for layer in chosen}
+
     room = {"store": store, "dtype": dtype, "sequence_length": sequence_length}
-    check_room(folder, rows, ffns, cfg, **room)
-    writers = {}
-    for layer, weights in ffns.items():
-        path = folder / f"ffn_{layer}.safetensors"
-        weights.to("cpu", weights.up_proj.dtype).save(path)
-        writers[layer] = LayerWriter.open(
-            folder / f"layer_{layer}.zarr",
-            rows=rows,
-            d_model=weights.d_model,
-            dtype=dtype,
-            sequence_length=sequence_length,
-            codec=cfg.codec,
-            shard_mb=cfg.shard_mb,
-            chunk_mb=cfg.chunk_mb,
-            attributes=dict(attributes or {}),
-            outputs_from=path if store is Store.input else None,
+    check_disk = partial(check_room, folder, rows, ffns, cfg, **room, apart=store_url is not None)
+    check_disk()
+    with ThreadPoolExecutor(1) as thread:  # saves weights, and a shard while the next is computed
+        saved = thread.submit(_save, ffns, folder, part is None)
+        if store is Store.input:
+            saved.result()  # the stores name their digests
+        writers = {
+            layer: LayerWriter.open(
+                folder / f"layer_{layer}.zarr",
+                rows=rows,
+                d_model=weights.d_model,
+                dtype=dtype,
+                sequence_length=sequence_length,
+                codec=cfg.codec,
+                shard_mb=cfg.shard_mb,
+                chunk_mb=cfg.chunk_mb,
+                attributes=dict(attributes or {}),
+                outputs_from=_ffn(folder, layer) if store is Store.input else None,
+                alone=part is None,
+                store_url=store_url,
+            )
+            for layer, weights in ffns.items()
+        }
+        missing, total = _missing(writers, blocks, part)
+        passes = Passes(
+            next(model.parameters()).device,
+            of_forward(forward) if forward else of_model(model, slots),
+            cfg.batch_size,
+            {layer: ffn.d_model for layer, ffn in ffns.items()},
+            max((shard.sequences.numel() for shard in missing), default=0),
+            dtype,
         )
-    unwritten = list(_unwritten(writers, blocks))
-    device = next(model.parameters()).device
-    total = sum(b.numel() for b in blocks.values())
-    done = total - sum(sequences.numel() for _, _, sequences, _ in unwritten)
-    progress(done, total, "")
-    run, first = forward or _forward(model, slots), True
-    with ThreadPoolExecutor(1) as thread:  # writes a shard while the next one is computed
-        behind: Future[int] | None = None
-        for split, k, sequences, missing in unwritten:
-            kept = _run(run, sequences.split(cfg.batch_size), missing, device, dtype)
+        done = total - sum(shard.sequences.numel() for shard in missing)
+        progress(done, total, "")
+        behind: Future[None] | None = None
+        for i, shard in enumerate(missing):
+            rows_of = passes.rows(shard.sequences, shard.writers)
             if behind:
-                done += behind.result()
-                progress(done, total, split)
-            behind = thread.submit(_write, split, k, kept, missing)
-            if first:  # now the ratio of these very activations is known
                 behind.result()
-                check_room(folder, rows, ffns, cfg, **room)
-                first = False
+                saved.result()
+                done += missing[i - 1].sequences.numel()
+                progress(done, total, missing[i - 1].split)
+            if i == 1:  # now the ratio of these very activations is known
+                check_disk()
+            behind = thread.submit(shard.write, rows_of)
         if behind:
-            done += behind.result()
-            progress(done, total, "")
-    for layer in chosen:
-        LayerReader(folder / f"layer_{layer}.zarr")
+            behind.result()
+            progress(total, total, "")
+        saved.result()
+    if part is None:
+        check_stores(folder, chosen, store_url)
 
 
-def check_room(
+def check_stores(folder: Path, layers: Iterable[int], store_url: str | None = None) -> None:
+    """Refuse stores of layers that no reader accepts; `ArtifactError` names the file."""
+    for layer in layers:
+        LayerReader(folder / f"layer_{layer}.zarr", store_url=store_url)
+
+
+def deal(shards: Sequence[T], part: Part | None) -> Sequence[T]:
+    """The share of a part: a range; those of all parts are disjoint and together everything."""
+    if part is None:
+        return shards
+    i, n = part
+    assert 1 <= i <= n, part
+    return shards[(i - 1) * len(shards) // n : i * len(shards) // n]
+
+
+def is_written(
     folder: Path,
-    rows: Mapping[str, int],
-    ffns: Mapping[int, DenseFFN],
-    cfg: CaptureConfig,
-    *,
-    store: Store,
-    dtype: torch.dtype,
-    sequence_length: int,
-) -> None:
-    """Refuse a capture that does not fit the disk, less what of it lies in `folder` already.
+    layers: Iterable[int],
+    part: Part | None = None,
+    store_url: str | None = None,
+) -> bool:
+    """Whether nothing of a part, or of the whole, is missing below `folder`: no model is needed.
 
-    At the compression ratio of the shards that are there, or else a usual one (`volume.RATIO`).
-
-    Raises:
-        ResourceError: says how much is needed, and what would make it less.
+    Every byte of the shards is read and verified.
     """
-    name, d_model = str(dtype).removeprefix("torch."), next(iter(ffns.values())).d_model
-    there = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
-    weights = [t.nbytes for ffn in ffns.values() for t in ffn.tensors().values()]
-    measured = volume.measured_ratios(folder, cfg.codec, name)
-
-    def need(layers: int, share: float = 1.0, *, store: Store = store, codec: Codec) -> int:
-        one = volume.volume(
-            {split: max(1, round(share * n)) for split, n in rows.items()},
-            d_model=d_model,
-            dtype=name,
-            store=store,
-            codec=codec,
-            layout=volume.row_layout(
-                sequence_length, d_model * dtype.itemsize, cfg.chunk_mb, cfg.shard_mb
-            ),
-            ratios=measured if codec is cfg.codec else {},
-        )
-        files = layers * one.files + len(ffns) - len(there)
-        stored = layers * one.bytes + sum(weights) - sum(there)
-        return max(0, stored) + volume.BLOCK * max(0, files)
-
-    codec, n = cfg.codec, len(ffns)
-    levers = {"half of data.tokens.train": need(n, 0.5, codec=codec)}
-    if n > 1:
-        levers["half of model.layers"] = need(n // 2, codec=codec)
-    if store is not Store.input:
-        levers["capture.store=input"] = need(n, store=Store.input, codec=codec)
-    if codec is not Codec.compact:
-        levers["capture.codec=compact"] = need(n, codec=Codec.compact)
-    told = [f"{lever} {size(bytes_)}" for lever, bytes_ in levers.items()]
-    preflight.check_disk("the activations", folder, need(n, codec=codec), told)
+    try:
+        writers = {k: LayerWriter.reopen(folder / f"layer_{k}.zarr", store_url) for k in layers}
+    except ArtifactError:
+        return False
+    if not all(_has_ffn(folder, k, writer) for k, writer in writers.items()):
+        return False
+    mine = deal(_shards(writers), part)
+    here = all(commit_path(w.path, *shard).is_file() for w in writers.values() for shard in mine)
+    if not here and store_url is None:  # there another machine's commits may lie
+        return False
+    return all(k in w.committed(split, [k]) for w in writers.values() for split, k in mine)
 
 
-def _unwritten(
-    writers: Mapping[int, LayerWriter], blocks: Mapping[str, Tensor]
-) -> Iterator[tuple[str, int, Tensor, dict[int, LayerWriter]]]:
-    """Split, number and sequences of each shard that a layer lacks, with those layers' writers."""
-    shard_rows = {w.shard_rows for w in writers.values()}
-    assert len(shard_rows) == 1, "layers of one model share d_model"
-    (rows,) = shard_rows
-    for split, tokens in blocks.items():
-        committed = {layer: w.committed(split) for layer, w in writers.items()}
-        for k, sequences in enumerate(tokens.split(rows // tokens.shape[1])):
-            missing = {layer: w for layer, w in writers.items() if k not in committed[layer]}
-            if missing:
-                yield split, k, sequences, missing
+def _ffn(folder: Path, layer: int) -> Path:
+    return folder / f"ffn_{layer}.safetensors"
 
 
-def _write(
-    split: str,
-    k: int,
-    kept: dict[int, list[tuple[Tensor, Tensor]]],
-    writers: Mapping[int, LayerWriter],
-) -> int:
-    """Shard k of every layer, let go when it is written; returns its tokens."""
-    tokens = 0
-    for layer in list(kept):
-        ffn_input, ffn_output = (torch.cat(side) for side in zip(*kept.pop(layer), strict=True))
-        writers[layer].write_shard(split, k, ffn_input, ffn_output)
-        tokens = len(ffn_input)
-    return tokens
+def _has_ffn(folder: Path, layer: int, writer: LayerWriter) -> bool:
+    """Whether the dense FFN lies there: the very one that gives the outputs of a store without."""
+    path, named = _ffn(folder, layer), writer.layout.outputs_from
+    return path.is_file() and (named is None or file_digest(path) == named[1])
 
 
-def _forward(model: nn.Module, slots: Sequence[FFNSlot]) -> Forward:
-    def forward(batch: Tensor, layers: Collection[int]) -> Mapping[int, tuple[Tensor, Tensor]]:
-        with record_ffn({layer: slots[layer] for layer in layers}) as recorded:
-            model(input_ids=batch, use_cache=False)
-        return recorded
+def _save(ffns: Mapping[int, DenseFFN], folder: Path, alone: bool) -> None:
+    """Write each FFN, whole or not at all; where others write too, only what is missing."""
+    if alone:
+        remove_partials(folder, "ffn_*.partial")
+    for layer, ffn in ffns.items():
+        path = _ffn(folder, layer)
+        if alone or not path.exists():
+            partial = unique_partial(path)
+            ffn.to("cpu", ffn.up_proj.dtype).save(partial)
+            fsync(partial)
+            partial.replace(path)
 
-    return forward
+
+def _shards(writers: Mapping[int, LayerWriter]) -> list[tuple[str, int]]:
+    """(split, number) of the shards of every layer, splits by name: as they are dealt."""
+    numbers = [w.n_shards for w in writers.values()]
+    assert all(n == numbers[0] for n in numbers), "layers of one model share d_model"
+    return [(split, k) for split, n in sorted(numbers[0].items()) for k in range(n)]
 
 
-@torch.inference_mode()
-def _run(
-    forward: Forward,
-    batches: Sequence[Tensor],
-    layers: Collection[int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Each layer's (input, output) of every batch, on the CPU."""
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for batch in batches:
-        for layer, (x, y) in forward(batch.to(device), layers).items():
-            kept.setdefault(layer, []).append((x.to("cpu", dtype), y.to("cpu", dtype)))
-    return kept
+@dataclass(frozen=True)
+class _Shard:
+    """Shard k of a split: its tokens, and the layers that lack it."""
+
+    split: str
+    k: int
+    sequences: Tensor  # (sequences, length)
+    writers: dict[int, LayerWriter]
+
+    def write(self, rows: Rows) -> None:
+        for layer, (ffn_input, ffn_output) in rows.items():
+            self.writers[layer].write_shard(self.split, self.k, ffn_input, ffn_output)
+
+
+def _missing(
+    writers: Mapping[int, LayerWriter], blocks: Mapping[str, Tensor], part: Part | None
+) -> tuple[list[_Shard], int]:
+    """What a part has to write, and the tokens of all that it has."""
+    every = _shards(writers)
+    mine = deal(every, part)
+    if part and not mine:
+        print("part {}/{} holds none".format(*part), f"of the {len(every)} shards", flush=True)
+    shard_rows = next(iter(writers.values())).shard_rows
+    missing, total, order = [], 0, list(blocks)
+    for split, k in sorted(mine, key=lambda shard: (order.index(shard[0]), shard[1])):
+        n = shard_rows // blocks[split].shape[1]
+        sequences = blocks[split][k * n : (k + 1) * n]
+        total += sequences.numel()
+        lacking = {layer: w for layer, w in writers.items() if not w.committed(split, [k])}
+        if lacking:
+            missing.append(_Shard(split, k, sequences, lacking))
+    return missing, total
 
 
 def stored_dtype(dtype: Dtype, model_dtype: torch.dtype) -> torch.dtype:

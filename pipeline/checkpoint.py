@@ -7,6 +7,7 @@ proved (`proof.py`) that the checkpoint computes what the layers in the dense mo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
 from pipeline import dense, hosts, proof, weights
 from pipeline.assembly import read_norms, replace_ffns, set_norms
 from pipeline.errors import ConfigError, InputError
-from pipeline.layers import layer_folders, load_layer
+from pipeline.layers import check_weights, layer_folders, load_layer, read_shape
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
@@ -71,16 +72,16 @@ def assemble(
     folders: Mapping[int, Path],
     folder: Path,
     *,
-    device: torch.device,
     revision: str | None = None,
     dtype: str = "auto",
-    device_map: str | None = None,
     trust_remote_code: bool = False,
     norms: Mapping[str, Tensor] | None = None,
     max_shard_size: str = "2GB",
     tolerance: float = 1e-3,
 ) -> None:
     """Write the sparse checkpoint of the dense model `source` to `folder`, and prove it.
+
+    All on the CPU: a model that fits the host's memory need not fit a GPU's.
 
     Args:
         norms: healed ones, by name; null = the dense model's own.
@@ -93,14 +94,13 @@ def assemble(
     """
     how = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     conversion = Conversion(source, folders, norms or {}, how)
-    conversion.write(folder, max_shard_size)
+    written = conversion.write(folder, max_shard_size)
 
     def in_memory() -> PreTrainedModel:
-        loaded = dense.load_model(source, device=device, device_map=device_map, **how)
-        return conversion.put_into(loaded)
+        return conversion.put_into(dense.load_model(source, **how))
 
     vocab_size = conversion.described["vocab_size"]
-    proof.prove(folder, conversion.tensors, in_memory, vocab_size, tolerance)
+    proof.prove(folder, written, in_memory, vocab_size, tolerance)
 
 
 class Conversion:
@@ -132,9 +132,9 @@ class Conversion:
         self.dtype: torch.dtype = getattr(torch, self.described["dtype"])
         self.skeleton = self._skeleton()
         set_norms(self.skeleton, norms)
-        read = {k: _shape_and_host(path) for k, path in folders.items()}
+        read = {k: read_shape(path) for k, path in folders.items()}
         self.shapes = {k: shape for k, (shape, _) in read.items()}
-        self.host = _host({k: host for k, (_, host) in read.items()})
+        self.host = _host({k: record["host"] for k, (_, record) in read.items()})
         _check_host(self.host, self.described, self.shapes)
         self.stored = self.host.stored(self.shapes)
         with torch.device("meta"):
@@ -144,8 +144,8 @@ class Conversion:
         own = weights.persistent(self.skeleton)
         self.kept = {name: t for name, t in own.items() if not name.startswith(below)}
 
-    def write(self, folder: Path, max_shard_size: str) -> None:
-        """The checkpoint: configuration, weights, tokenizer."""
+    def write(self, folder: Path, max_shard_size: str) -> dict[str, int]:
+        """The checkpoint: configuration, weights, tokenizer; returns the weights' checksums."""
         config = AutoConfig.for_model(
             self.host.model_type, **self.host.config(self.described, self.shapes)
         )
@@ -158,7 +158,7 @@ class Conversion:
         tokenizer = dense.load_tokenizer(self.source, **self.loading)
         hosted.save_pretrained(folder, state_dict={})
         tokenizer.save_pretrained(folder)
-        weights.write(folder, self.planned(), self.tensors(), max_shard_size)
+        return weights.write(folder, self.planned(), self.tensors(), max_shard_size)
 
     def planned(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint, on the meta device."""
@@ -170,14 +170,22 @@ class Conversion:
         return {name: torch.empty_like(t, device="meta") for name, t in found.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, one after the other; each sparse layer is read when its turn comes."""
+        """The same, one after the other; each sparse layer is read when its turn comes.
+
+        It is held against its digest meanwhile: a damaged one is refused when it has been given.
+        """
         found = weights.find(self.skeleton, self.kept, self.source, self.how["revision"])
         if isinstance(found, str):
             print(f"the dense model is read as a whole, since {found}", flush=True)
             found = weights.Resident(dense.load_model(self.source, **self.how).state_dict())
         yield from self._kept(found)
-        for k, path in self.folders.items():  # no name keeps a layer while the next is read
-            yield from self._placed(k, pad_experts(load_layer(path)[0], self.stored[k])).items()
+        with ThreadPoolExecutor(1) as thread:
+            for k, path in self.folders.items():  # no name keeps a layer while the next is read
+                sound = thread.submit(check_weights, path)
+                yield from self._placed(
+                    k, pad_experts(load_layer(path, checked=False)[0], self.stored[k])
+                ).items()
+                sound.result()
 
     def put_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same conversion in memory; returns the model, which is changed."""
@@ -224,12 +232,6 @@ def _replace(
             if not f"router.{name}".startswith(known[k].float32):
                 tensor.copy_(tensor.to(dtype))
     replace_ffns(model, layers, {k for k, host in known.items() if host.float32})
-
-
-def _shape_and_host(folder: Path) -> tuple[MoEShape, str]:
-    """Of a layer, which is read as a whole to see that it is whole, and let go."""
-    moe, record = load_layer(folder)
-    return moe.shape, record["host"]
 
 
 def _host(names: Mapping[int, str]) -> hosts.Host:

@@ -3,7 +3,9 @@
 Only below `.scratch/`, and half-published folders beside the outputs; never an output. What stays
 is shown too, and why: work that a run holds, what the outputs were published from, what this
 configuration would adopt, and the newest interrupted work where there is no finished one. `--all`
-takes these too, but for work that is held. Locks stay: they are empty, and removing one under a
+takes these too, but for work that is held. What lies on an object store stays, unless `--objects`
+is said; then the shards go of captures whose work here goes, and those of which nothing is known
+here are shown: they may be another checkout's. Locks stay: they are empty, and removing one under a
 waiting run would let two in.
 """
 
@@ -20,9 +22,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline import compose, console, preflight, workdir
+from pipeline import compose, console, locks, preflight, workdir
 from pipeline.config import Config, select
 from pipeline.errors import ConfigError
+from pipeline.prefill import ledger
+from pipeline.prefill.ledger import State
 
 OUTPUTS = Path("stages")
 OTHERS = ("locks", "logs", "measured", "prefill", "windows")
@@ -39,20 +43,38 @@ class Item:
     locks: tuple[Path, ...] = ()
 
 
-def clean(dry_run: bool, yes: bool, everything: bool) -> None:
+@dataclass(frozen=True)
+class Apart:
+    """The shards of a capture on an object store, which go with its work folder or stay."""
+
+    url: str
+    fingerprint: str
+    bytes: int
+    work: Item | None  # that goes
+    why: str
+
+
+def clean(dry_run: bool, yes: bool, everything: bool, objects: bool = False) -> None:
     """Show what would go and what stays, ask, and remove it.
 
+    Args:
+        objects: also of what lies at capture.store_url.
+
     Raises:
-        ConfigError: this is no project's folder, or nobody can be asked.
+        ConfigError: this is no project's folder, nobody can be asked, or no object store is named.
     """
-    items = survey(compose.load([]), everything)
+    cfg = compose.load([])
+    items = survey(cfg, everything)
+    apart = _apart(cfg, items) if objects else []
     going = [item for item in items if item.goes]
     freed = _freed(going)
-    for title, shown in (("goes", going), ("stays", [i for i in items if not i.goes])):
-        if shown:
-            print(f"{title}:")
-        for item in shown:
-            print(f"  {preflight.size(_size(item.path)):>9}  {item.path}: {item.why}")
+    for goes in (True, False):
+        shown = [(_size(i.path), i.path, i.why) for i in items if i.goes is goes]
+        far = [(a.bytes, f"{a.url}/{a.fingerprint}", a.why) for a in apart if bool(a.work) is goes]
+        if shown or far:
+            print("goes:" if goes else "stays:")
+        for taken, what, why in (*shown, *far):
+            print(f"  {preflight.size(taken):>9}  {what}: {why}")
     if not going:
         print("there is nothing to remove")
         return
@@ -63,6 +85,9 @@ def clean(dry_run: bool, yes: bool, everything: bool) -> None:
         print("nothing was removed")
         return
     left = [item for item in going if not _remove(item)]
+    for capture in apart:
+        if capture.work and capture.work not in left:
+            _remove_objects(capture)
     for item in left:
         print(f"left, since a run took it meanwhile: {item.path}")
     print(f"removed {len(going) - len(left)}")
@@ -124,6 +149,33 @@ def _otherness(manifest: dict[str, Any], settings: dict[str, Any]) -> str:
     return "" if same_code else "finished by other code"
 
 
+def _apart(cfg: Config, items: list[Item]) -> list[Apart]:
+    """Captures at capture.store_url."""
+    from pipeline import objects
+
+    url = cfg.capture.store_url
+    if url is None:
+        raise ConfigError(
+            "There is no object store to clean.",
+            value="capture.store_url=null",
+            rule="--objects looks at capture.store_url",
+            remedy="leave --objects out, or set capture.store_url",
+        )
+    published = _manifest(OUTPUTS / "capture").get("fingerprint")
+    works = {item.path.name: item for item in items if item.path.parent.name == "capture"}
+    found = []
+    for fingerprint, size in objects.captures(url).items():
+        work = works.get(fingerprint)
+        if fingerprint == published:
+            work, why = None, "what lies in stages/ reads it"
+        elif work is None:
+            why = "unknown here, perhaps another checkout's"
+        else:
+            why = work.why
+        found.append(Apart(url, fingerprint, size, work if work and work.goes else None, why))
+    return found
+
+
 def _half_published() -> Iterator[Item]:
     for path in sorted(OUTPUTS.rglob(".*.tmp")):
         name = path.name.removeprefix(".").removesuffix(".tmp").rpartition(".")[0]
@@ -145,7 +197,9 @@ def _others(root: Path, cfg: Config, everything: bool) -> Iterator[Item]:
         yield Item(log, (everything and not busy) or not last, why)
     for place in _folders(root / "logs"):
         yield Item(place, everything and not busy, f"what runtime.logger={place.name} wrote")
-    yield Item(root / "prefill", not busy, "what Hydra keeps of a prefill")
+    left = sum(seen.state in (State.waiting, State.running) for seen in ledger.every())
+    why = f"{left} units of prefill run or wait" if left else "records of prefill"
+    yield Item(root / "prefill", not busy and (everything or not left), why)
     rows = "captured behind sparse layers; an interrupted prefill would go on from there"
     windows = cfg.train.window is not None and not everything
     yield Item(root / "windows", not busy and not windows, rows)
@@ -181,7 +235,7 @@ def _holder(lock: Path) -> str | None:
         with FileLock(f"{lock}.lock", timeout=0):
             return None
     except Timeout:
-        return workdir.read_holder(Path(f"{lock}.holder"))
+        return locks.read_holder(Path(f"{lock}.holder"))
 
 
 def _agreed() -> bool:
@@ -215,6 +269,12 @@ def _remove(item: Item) -> bool:
         with contextlib.suppress(OSError):  # other work of the unit
             item.path.parent.rmdir()
     return True
+
+
+def _remove_objects(capture: Apart) -> None:
+    from pipeline import objects
+
+    objects.remove(capture.url, capture.fingerprint)
 
 
 def _files(path: Path) -> list[os.stat_result]:

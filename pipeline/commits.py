@@ -10,18 +10,20 @@ remainder, so that of a whole shard depends on the lengths of its chunks and not
 them. It finds a damaged shard, but not a sound one in another's place.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numpy as np
 import torch
 
 from pipeline.config import Codec
-from pipeline.shards import chunk_checksums, damaged, file_checksum, shard_key
-from pipeline.workdir import read_json, write_json
+from pipeline.errors import ArtifactError
+from pipeline.shards import Files, Place, damaged, file_checksum, shard_key
+from pipeline.workdir import json_bytes, read_json
 
 FORMAT_VERSION = 1
 ARRAYS = ("input", "output")
@@ -62,6 +64,10 @@ class Layout:
         """First row of shard k, and the one after its last; the last shard may be short."""
         return k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows[split])
 
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.shard_rows // self.chunk_rows
+
     def shard_files(self, split: str, k: int) -> list[str]:
         return [f"{split}/{array}/{shard_key(k)}" for array in self.arrays]
 
@@ -100,21 +106,36 @@ class Layout:
         )
 
 
+def commit_key(split: str, k: int) -> str:
+    return f"{FOLDER}/{split}_{k:05d}.json"
+
+
 def commit_path(root: Path, split: str, k: int) -> Path:
-    return root / FOLDER / f"{split}_{k:05d}.json"
+    return root / commit_key(split, k)
 
 
-def write_commit(root: Path, layout: Layout, split: str, k: int, shards: dict[str, Commit]) -> None:
-    """Vouch for shard k; `shards` describes its files, which are durable already."""
+def make_commit(
+    root: Path, layout: Layout, split: str, k: int, shards: dict[str, Commit]
+) -> Commit:
+    """What vouches for shard k; `shards` describes its files, which are durable already."""
     metadata = {key: describe_file(root / key) for key in layout.metadata_files(split)}
-    commit = {**_identity(layout, split, k), "objects": metadata | shards}
-    write_json(commit_path(root, split, k), {**commit, "crc32c": _checksum(commit)})
+    return {**_identity(layout, split, k), "objects": metadata | shards}
 
 
-def read_complete(root: Path) -> tuple[Layout, dict[str, Any], dict[Path, Commit]]:
+def encode(commit: Commit) -> bytes:
+    """What lies on disk, with its own checksum."""
+    return json_bytes({**commit, "crc32c": _checksum(commit)})
+
+
+def read_complete(
+    root: Path, shards: Place | None
+) -> tuple[Layout, dict[str, Any], dict[Path, Commit]]:
     """Layout, the caller's attributes and every commit of a store that lacks nothing.
 
     Shard files are checked for their presence and size only: their bytes when they are read.
+
+    Args:
+        shards: where the shard files lie; null = they are not looked at.
 
     Raises:
         ArtifactError: something is missing, damaged or another's; the file is named.
@@ -125,13 +146,13 @@ def read_complete(root: Path) -> tuple[Layout, dict[str, Any], dict[Path, Commit
     for path, commit in found.items():
         if "zarr.json" not in commit["objects"]:
             raise damaged(path, "it does not vouch for zarr.json")
-        check_object(root, "zarr.json", commit["objects"]["zarr.json"])
-    layout, capture = _read_attributes(root)
+        check_object(Files(root), "zarr.json", commit["objects"]["zarr.json"])
+    layout, capture = read_attributes(root)
     numbers = {split: layout.n_shards(split) for split in layout.rows}
     if sum(numbers.values()) > 10 * len(found) + 100_000:  # no list is made of what nobody wrote
         raise damaged(root / "zarr.json", f"{len(found)} shards are there, of {numbers}")
-    shards = [(split, k) for split, n in numbers.items() for k in range(n)]
-    expected = {commit_path(root, split, k): (split, k) for split, k in shards}
+    every = [(split, k) for split, n in numbers.items() for k in range(n)]
+    expected = {commit_path(root, split, k): (split, k) for split, k in every}
     for path in sorted(found.keys() | expected.keys()):
         if path not in found:
             raise damaged(path, "it is missing: the store is not complete")
@@ -139,11 +160,21 @@ def read_complete(root: Path) -> tuple[Layout, dict[str, Any], dict[Path, Commit
             raise damaged(path, "the store has no such shard")
         check_commit(path, found[path], layout, *expected[path])
         for key, recorded in found[path]["objects"].items():
-            check_object(root, key, recorded, deep=key.endswith("zarr.json"))
+            if key.endswith("zarr.json"):
+                check_object(Files(root), key, recorded)
+            elif shards:
+                check_object(shards, key, recorded, deep=False)
     return layout, capture, found
 
 
-def _read_attributes(root: Path) -> tuple[Layout, dict[str, Any]]:
+def digest(commits: dict[Path, Commit]) -> str:
+    """SHA-256 of what they record: equal for equal stores, wherever these lie."""
+    recorded = {path.name: commit for path, commit in commits.items()}
+    return hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
+
+
+def read_attributes(root: Path) -> tuple[Layout, dict[str, Any]]:
+    """Layout and the caller's attributes, as they stand there; a commit vouches for them."""
     try:
         attributes = read_json(root / "zarr.json")["attributes"]
         version, capture = attributes["format_version"], attributes["capture"]
@@ -163,12 +194,24 @@ def _read_attributes(root: Path) -> tuple[Layout, dict[str, Any]]:
 
 def read_commit(path: Path) -> Commit:
     """A commit whose own checksum is right; `ArtifactError` names any other."""
-    commit = read_json(path)
+    return _checked(read_json(path), lambda why: damaged(path, why))
+
+
+def parse_commit(written: bytes, place: Place, key: str) -> Commit:
+    """As `read_commit`, of what was read of `place` already."""
+    try:
+        commit = json.loads(written)
+    except ValueError:
+        raise place.damaged(key, "it is no JSON") from None
+    return _checked(commit, lambda why: place.damaged(key, why))
+
+
+def _checked(commit: Any, refuse: Callable[[str], ArtifactError]) -> Commit:
     if not isinstance(commit, dict) or commit.pop("crc32c", None) != _checksum(commit):
-        raise damaged(path, "it does not match its own checksum")
+        raise refuse("it does not match its own checksum")
     objects = commit.get("objects")
     if not isinstance(objects, dict) or not all(map(_is_described, objects.values())):
-        raise damaged(path, "it does not say what its files hold")
+        raise refuse("it does not say what its files hold")
     return commit
 
 
@@ -189,27 +232,27 @@ def check_commit(path: Path, commit: Commit, layout: Layout, split: str, k: int)
     found = {key: commit.get(key) for key in expected}
     if found != expected or commit["objects"].keys() != set(files):
         raise damaged(path, f"it commits {found}, where {expected} was expected")
-    chunks = layout.shard_rows // layout.chunk_rows
+    chunks = layout.chunks_per_shard
     for key in layout.shard_files(split, k):
         if len(commit["objects"][key].get("chunks", [])) != chunks:
             raise damaged(path, f"it does not say what the {chunks} chunks of {key} hold")
 
 
-def check_object(root: Path, key: str, recorded: Commit, *, deep: bool = True) -> None:
+def check_object(place: Place, key: str, recorded: Commit, *, deep: bool = True) -> None:
     """Refuse a file whose size, and if `deep` whose checksums, are not as recorded."""
-    path = root / key
-    if not path.is_file():
-        raise damaged(path, "it is missing")
-    size = path.stat().st_size
+    size = place.size(key)
+    if size is None:
+        raise place.damaged(key, "it is missing")
     if size != recorded["size"]:
-        raise damaged(path, f"it has {size} bytes, {recorded['size']} were committed")
+        raise place.damaged(key, f"it has {size} bytes, {recorded['size']} were committed")
     if not deep:
         return
-    if file_checksum(path) != recorded["crc32c"]:
-        raise damaged(path, "it does not match the checksum in its commit")
-    chunks = recorded.get("chunks")
-    if chunks and chunk_checksums(np.memmap(path, np.uint8, "r"), len(chunks)) != chunks:
-        raise damaged(path, "it holds the rows of another shard")
+    chunks = recorded.get("chunks") or []
+    whole, found = place.checksums(key, len(chunks))
+    if whole != recorded["crc32c"]:
+        raise place.damaged(key, "it does not match the checksum in its commit")
+    if found != chunks:
+        raise place.damaged(key, "it holds the rows of another shard")
 
 
 def describe_file(path: Path) -> Commit:

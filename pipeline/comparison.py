@@ -68,11 +68,14 @@ def compare_on_text(
         for side, given in zip(SIDES, logits, strict=True):
             finite.check(given, f"The {side} model", f"logits of batch {i} of {name}")
         for tokens, *pair in zip(batch, *logits, strict=True):
-            dense_TV, sparse_TV = (side[:-1].float().cpu().log_softmax(dim=-1) for side in pair)
-            following = tokens[1:, None]
+            device = pair[0].device
+            dense_TV, sparse_TV = (
+                side[:-1].to(device, torch.float32).log_softmax(dim=-1) for side in pair
+            )
+            following = tokens[1:, None].to(device)
             for side, log_p in enumerate((dense_TV, sparse_TV)):
-                loss[side] -= log_p.gather(1, following).double().sum()
-            kls.append((dense_TV.exp() * (dense_TV - sparse_TV)).sum(dim=-1))
+                loss[side] -= log_p.gather(1, following).double().sum().cpu()
+            kls.append((dense_TV.exp() * (dense_TV - sparse_TV)).sum(dim=-1).cpu())
             agreed += int((dense_TV.argmax(-1) == sparse_TV.argmax(-1)).sum())
         done += batch.numel()
         progress(done, blocks.numel(), "")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
+MISSING: Any = "???"  # OmegaConf's own, which is not asked for it: a layer trains without
 
 SPLITS = ("train", "validation", "heldout", "shifted")
 """Parts of the text: what is chosen is chosen on the second, only `evaluate` reads the last two."""
@@ -202,6 +202,9 @@ class CaptureConfig:
     batch_size: int = MISSING  # of a forward pass [sequences]
     # stored of the heldout blocks: per-layer metrics need few [tokens]
     heldout_tokens: int = MISSING
+    # s3://bucket/prefix, gs://bucket/prefix or file:///folder that takes the shards, in no
+    # fingerprint; null = they stay in the folder of the store
+    store_url: str | None = None
 
 
 @dataclass
@@ -356,6 +359,17 @@ class RuntimeConfig:
 
 
 @dataclass
+class PrefillConfig:
+    """How `prefill` places its jobs and waits for them: none of these belongs to a fingerprint."""
+
+    timeout_s: float | None = None  # of one call, then exit code 4; null = no bound [s]
+    # for Slurm to begin a lost job again, or one that waits behind a launcher that ended [s]
+    lost_wait_s: float = 60.0
+    # workers that share a GPU; null = as many as fit its memory by the estimate of `plan`
+    layers_per_gpu: int | None = 1
+
+
+@dataclass
 class Config:
     seed: int = 0  # of every random choice
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -367,6 +381,7 @@ class Config:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:

@@ -107,8 +107,10 @@ def teed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept(unit: str) -> Iterator[None]:
+def kept(unit: str) -> Iterator[Path | None]:
     """Keep a log of what is printed here; how it ends is written too, and names the log.
+
+    Gives the log's path; null where none can be written.
 
     A run that its configuration ends leaves none: it has done nothing.
     """
@@ -117,7 +119,7 @@ def kept(unit: str) -> Iterator[None]:
     _log = log
     try:
         with teed():
-            yield
+            yield log.path if log else None
     except ConfigError:
         if log:
             log.discard()

@@ -9,7 +9,7 @@ true output. What lies between the two is what routing can win:
 Shapes: T tokens, D d_model, E experts, K top_k.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -61,6 +61,12 @@ class OracleMoE(nn.Module):
         assert moe.shape.capacity_factor is None, "where experts choose, tokens do not"
         self.moe, self.shape, self.down_proj = moe, moe.shape, moe.down_proj
         self.ffn = ffn.to(moe.down_proj.device, moe.down_proj.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OracleMoE":
+        """What `to` calls; the dense FFN, whose tensors are no parameters, goes along."""
+        super()._apply(fn, recurse)
+        self.ffn = self.ffn.to(self.down_proj.device, self.down_proj.dtype)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -7,7 +7,7 @@ vocabulary, B tokens of a batch. Multiply and add are 2 FLOPs; a backward pass i
 |---|---|---|---|
 | dense (embedded) | 4 P, while training 16 P more | 6 P x tokens of all steps | 16 P, logits |
 | tokens | 4 T | | the text |
-| capture | `volume.py`, and the FFNs | 2 P T | P, two shards of every layer, logits |
+| capture | `volume.py`, and the FFNs | 2 P T up to its last layer | P, two shards of every layer, logits |
 | budget by kl | | candidates x (2 x 2 P T and a start) | 4 P, a start |
 | train, a layer | 4 s, while training 32 s more | 6 x active x T x epochs, a start | see `_train` |
 | heal | 4 S of the FFNs, and a checkpoint | (2 P + 6 active) x tokens | 4 P, 20 s of all, logits |
@@ -18,14 +18,14 @@ with s the parameters of one sparse layer; its static control is counted beside 
 specialists solves least squares over the hidden activations: 2 F x F per row and round.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import volume
+from pipeline import footprint, volume
 from pipeline.config import BudgetBy, Config
+from pipeline.footprint import KEPT_BYTES, ROUND_ROWS, START_ROWS
 from pipeline.shape import MoEShape
 from pipeline.volume import ITEMSIZE
 
@@ -35,8 +35,7 @@ SMALL = 60_000_000  # host memory of a stage without torch
 MANIFEST = 2_000  # bytes of a manifest
 CARD = 5_000  # bytes of a model card
 TOKENIZER = 48  # bytes per entry of a vocabulary
-START_ROWS, ROUND_ROWS, ROUNDS = 262144, 65536, 10  # of a start by specialists
-KEPT_HIDDEN = 2**31  # bytes of hidden activations that it keeps
+ROUNDS = 10  # of a start by specialists
 PRUNING_STEPS = 128
 STREAMED_CHUNKS = 64  # of each array, with train.stream
 REPORT = 1_500_000  # bytes of evaluate's output
@@ -69,6 +68,7 @@ class Sizes:
     cfg: Config
     ratios: Mapping[str, float]
     on_gpu: bool
+    card: int | None = None  # bytes of the GPU's memory; null = enough
 
     @property
     def itemsize(self) -> int:
@@ -149,6 +149,8 @@ def _capture(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
     L = len(sizes.shapes)
     model = sizes.record["parameters"] * sizes.itemsize
     passed = batch * sizes.itemsize * (sizes.head + 4 * widest + (2 * L + 8) * D)
+    # a pass ends behind the last layer that is wanted, before the head
+    body = sizes.matrices(sizes.record["parameters"]) - sizes.head * D
     # two shards of every layer (one is being written), one of them joined, and the codec's work
     kept = (4 * L + 6) * one.shard_raw_bytes
     return sizes.split(
@@ -156,12 +158,23 @@ def _capture(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
         kept=kept,
         bytes=L * (one.bytes + per_layer) + ffns + MANIFEST,
         files=L * (one.files + 1) + 1,
-        flops=2.0 * sizes.matrices(sizes.record["parameters"]) * sum(rows.values()),
+        flops=2.0 * body * (max(sizes.shapes) + 1) / sizes.record["n_layers"] * sum(rows.values()),
     )
 
 
-def layer_volume(sizes: Sizes, rows: Mapping[str, int]) -> volume.Volume:
-    """Of one layer's store."""
+def apart_bytes(sizes: Sizes) -> int:
+    """Of the shards of all layers that go to an object store."""
+    if sizes.cfg.capture.store_url is None:
+        return 0
+    rows = volume.captured_rows(sizes.cfg)
+    here = layer_volume(sizes, rows).bytes
+    return len(sizes.shapes) * (layer_volume(sizes, rows, apart=False).bytes - here)
+
+
+def layer_volume(
+    sizes: Sizes, rows: Mapping[str, int], *, apart: bool | None = None
+) -> volume.Volume:
+    """Of what one layer's store takes here; `apart` as `volume.volume`, null = as configured."""
     cfg, D = sizes.cfg.capture, sizes.record["d_model"]
     dtype, length = volume.stored_dtype(cfg, sizes.record["dtype"]), sizes.cfg.data.sequence_length
     return volume.volume(
@@ -172,6 +185,7 @@ def layer_volume(sizes: Sizes, rows: Mapping[str, int]) -> volume.Volume:
         codec=cfg.codec,
         layout=volume.row_layout(length, D * ITEMSIZE[dtype], cfg.chunk_mb, cfg.shard_mb),
         ratios=sizes.ratios,
+        apart=cfg.store_url is not None if apart is None else apart,
     )
 
 
@@ -184,9 +198,11 @@ def _budget(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
     widest = max(sizes.shapes.values(), key=lambda s: s.total_parameters)
     start_rows = min(rows["train"], max(16384, 8 * sum(widest.widths)))
     P, tokens = sizes.record["parameters"], min(cfg.moe.budget.tokens, rows["validation"])
+    judged = 4 * widest.total_parameters + 6 * 4 * 1024 * sizes.head
+    there, kept = _start_memory(sizes, widest, start_rows, rows["validation"], beside=4 * P)
     return sizes.split(
-        4 * (P + widest.total_parameters) + 6 * 4 * 1024 * sizes.head,
-        kept=_start_memory(sizes, widest, start_rows, rows["validation"]),
+        4 * P + max(judged, there),
+        kept=kept,
         bytes=bytes_,
         files=L + 1,
         flops=tried
@@ -214,7 +230,8 @@ def train_layer(sizes: Sizes, layer: int) -> Cost:
 def _train(sizes: Sizes, shape: MoEShape, rows: Mapping[str, int]) -> Cost:
     """Memory: the rows, weights with gradient and two moments, the best state, a batch's passes.
 
-    The start comes before the training rows are held, so that the larger of the two counts.
+    The start comes before the training rows are held, so that the larger of the two counts. Rows
+    that lie on a GPU lie there because there is room: they are not counted.
     """
     cfg, fits = sizes.cfg.train, [shape, *static(shape, sizes.cfg)]
     B, steps = cfg.batch_size, rows["train"] // cfg.batch_size * cfg.epochs
@@ -226,11 +243,12 @@ def _train(sizes: Sizes, shape: MoEShape, rows: Mapping[str, int]) -> Cost:
     if cfg.stream:
         held += 2 * STREAMED_CHUNKS * round(1e6 * sizes.cfg.capture.chunk_mb)
     most = max(s.total_parameters for s in fits)
-    start = _start_memory(sizes, shape, rows["train"], rows["validation"])
-    training = 16 * most + _batch(shape, B)
+    there, start = _start_memory(sizes, shape, rows["train"], rows["validation"])
+    largest = max(fits, key=lambda s: s.total_parameters)
+    training = max(there, footprint.training(largest, B, rows["validation"]))
     kept = max(start, held + 8 * most)
     if not sizes.on_gpu:
-        training, kept = 0, max(start, held + 24 * most + _batch(shape, B))
+        training, kept = 0, max(start, held + 24 * most + footprint.step(shape, B))
     init = sizes.cfg.moe.init.name
     return sizes.split(
         training,
@@ -263,26 +281,34 @@ def _dense_ffn(shape: MoEShape) -> int:
     return replace(shape, bias=False).dense_parameters + 100
 
 
-def _batch(shape: MoEShape, B: int) -> int:
-    """Bytes of a step's activations and their gradients; loads may be twice the even one."""
-    inner = 2 if shape.gated else 1
-    chosen = 2 * B * math.ceil(shape.experts_per_token)
-    routed = chosen * ((inner + 2) * shape.d_ff_expert + 3 * shape.d_model)
-    shared = B * (inner + 2) * shape.d_ff_shared
-    return 4 * 2 * (routed + shared + 8 * B * shape.d_model)
+def _start_memory(
+    sizes: Sizes, shape: MoEShape, rows: int, validation: int, beside: int = 0
+) -> tuple[int, int]:
+    """Of an untrained layer's making: on the GPU, where its card has room, and on the host.
 
+    A static control is made by specialists, whatever the layer's start.
 
-def _start_memory(sizes: Sizes, shape: MoEShape, rows: int, validation: int) -> int:
-    """Of an untrained layer's making: always on the host."""
+    Args:
+        beside: bytes on the GPU meanwhile.
+    """
     D, F = shape.d_model, shape.d_ff
     itemsize = ITEMSIZE[volume.stored_dtype(sizes.cfg.capture, sizes.record["dtype"])]
-    first = min(rows, START_ROWS)
-    read = 2 * D * itemsize * (first + validation)
+    read = footprint.pair(D, itemsize, min(rows, START_ROWS) + validation)
+    if sizes.on_gpu:
+        inits = {sizes.cfg.moe.init.name} | {"specialist" for _ in static(shape, sizes.cfg)}
+        refitted = sizes.cfg.moe.refit or shape.d_ff_shared > 0
+        there = max(
+            footprint.start(shape, init, rows, validation, itemsize, refitted=refitted)
+            for init in inits
+        )
+        if sizes.card is None or there + beside <= footprint.SHARE * sizes.card:
+            return there, read
     hidden = sum(
-        h if (h := 4 * n * F) <= KEPT_HIDDEN else 0 for n in (min(rows, ROUND_ROWS), validation)
+        h if (h := 4 * n * F) <= KEPT_BYTES else 0 for n in (min(rows, ROUND_ROWS), validation)
     )
-    sums = 8 * F * (6 * F + 8 * D)
-    return read + hidden + sums + 4 * (4096 * 3 * F + 2 * shape.total_parameters + 3 * F * D)
+    sums = footprint.specialist_sums(shape)
+    made = 4 * (4096 * 3 * F + 2 * shape.total_parameters + 3 * F * D)
+    return 0, read + hidden + sums + made
 
 
 def _start_flops(shape: MoEShape, init: str, rows: int) -> float:
@@ -316,7 +342,7 @@ def _heal(sizes: Sizes) -> Cost:
         judged = sizes.tokens("validation") * validations
         flops += tokens * (2.0 * sizes.matrices(P) + 6.0 * run)
         flops += judged * 2.0 * (sizes.matrices(P) + run)
-    passes = sum(_batch(s, B) for s in sizes.shapes.values()) + 4 * 16 * B * D * L
+    passes = sum(footprint.step(s, B) for s in sizes.shapes.values()) + 4 * 16 * B * D * L
     return sizes.split(
         4 * P + 16 * learning + 6 * 4 * B * sizes.head + passes,
         kept=20 * learning,  # the best state, and a checkpoint while it is written
@@ -331,8 +357,8 @@ def _convert(sizes: Sizes) -> Cost:
     stored = sizes.sparse * sizes.itemsize
     parts = max(1, -(-stored // _bytes_of(sizes.cfg.convert.max_shard_size)))
     logits = 64 * sizes.head * 4 * 4
-    return sizes.split(
-        6 * sizes.sparse + logits,
+    return Cost(
+        host=BASE + 6 * sizes.sparse + logits,
         bytes=stored + TOKENIZER * sizes.head + CARD + 2 * MANIFEST + 100 * len(sizes.shapes),
         files=parts + (parts > 1) + 6,
     )

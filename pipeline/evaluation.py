@@ -74,7 +74,7 @@ def evaluate(
     return {
         k: layer_metrics(
             load_layer(folder / f"layer_{k}")[0].to(device),
-            LayerReader(captured / f"layer_{k}.zarr"),
+            LayerReader(captured / f"layer_{k}.zarr", device),
             batch_size=batch_size,
             max_batches=max_batches,
         )

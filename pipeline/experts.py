@@ -35,23 +35,28 @@ def start_experts(
     generator: torch.Generator,
     partition: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The experts' parameters of a `SparseMoE` (all but its router), at least float32, on the CPU.
+    """The experts' parameters of a `SparseMoE`, all but its router: where `dense` lies.
+
+    At least float32.
 
     Args:
         dense: without the neurons of a shared expert.
         init: `copy`, `slice` or `cluster` (all: replicate the groups), or `random`.
         init_noise: normal noise on replicated weights, in standard deviations of each tensor.
+        generator: of the CPU, so that every device gets the same numbers.
         partition: (G, F / G) neuron indices, each neuron once; null = `slice_partition`.
 
     Raises:
         ConfigError: the sizes do not allow this start (`shape.check_start`).
     """
     check_start(shape, init)
-    dense = dense.to("cpu", torch.promote_types(dense.up_proj.dtype, torch.float32))
+    device = dense.up_proj.device
+    dense = dense.to(device, torch.promote_types(dense.up_proj.dtype, torch.float32))
     if init == "random":
         return _named(shape, *_random(dense, shape, generator))
     if partition is None:
         partition = slice_partition(shape.d_ff_routed, shape.groups)
+    partition = partition.to(device)
     pad = shape.d_ff_expert - partition.shape[1]  # > 0 where experts are wider than the FFN
 
     def rows(weight_FD: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def start_experts(
         if noise == 0:
             return copies
         random = torch.randn(copies.shape, generator=generator, dtype=copies.dtype)
-        return copies.add_(random, alpha=noise * float(weight.std()))
+        return copies.add_(random.to(device), alpha=noise * float(weight.std()))
 
     return _named(
         shape,
@@ -81,7 +86,8 @@ def start_experts(
 
 def shared_expert(dense: DenseFFN, shape: MoEShape) -> dict[str, Tensor]:
     """The parameters of a `SharedExpert` of all neurons of `dense`, its output bias left out."""
-    dense = dense.to("cpu", torch.promote_types(dense.up_proj.dtype, torch.float32))
+    dtype = torch.promote_types(dense.up_proj.dtype, torch.float32)
+    dense = dense.to(dense.up_proj.device, dtype)
     gate = [] if dense.gate_proj is None else [dense.gate_proj]
     name = "gate_up" if shape.gated else "up"
     weights = {f"{name}_proj": torch.cat([*gate, dense.up_proj]), "down_proj": dense.down_proj}
@@ -111,7 +117,7 @@ def _random(
     like = dense.up_proj
 
     def normal(size: tuple[int, int, int], std: Tensor) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=like.dtype) * std
+        return torch.randn(size, generator=generator, dtype=like.dtype).to(like.device) * std
 
     inner = torch.cat([normal((E, H, D), weight.std()) for weight in (*gate, like)], dim=1)
     larger = (shape.top_k * shape.d_ff_routed / H) ** 0.5

@@ -83,11 +83,15 @@ class DenseFFN:
 
     def hidden(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, F): each neuron's activation, the input of `down_proj`."""
-        act = activation(self.activation)
         up = F.linear(x, self.up_proj, self.up_bias)
         if self.gate_proj is None:
-            return act(up)
-        return act(F.linear(x, self.gate_proj, self.gate_bias)) * up
+            return self.bend(up)
+        return self.bend(up, F.linear(x, self.gate_proj, self.gate_bias))
+
+    def bend(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """What `hidden` makes of the products of `up_proj` and `gate_proj`, (T, F) each."""
+        act = activation(self.activation)
+        return act(up) if gate is None else act(gate) * up
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""

@@ -22,7 +22,9 @@ Shapes: T tokens, D d_model, H d_ff_expert, S d_ff_shared, E experts, N features
 all of them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ from torch.nn import functional as F
 
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
-from pipeline.store import Rows
+
+if TYPE_CHECKING:
+    from pipeline.store import Rows
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, each times the mean diagonal of the Gram matrix."""
@@ -82,21 +86,26 @@ def best_ridge(
 ) -> tuple[Tensor, float | None]:
     """The weights of the ridge with the least validation error, and that ridge.
 
-    Null stands for no change: the prior is better than all of them.
+    Null stands for no change: the prior is better than all of them. From the weakest ridge on the
+    error falls and then rises: the first that is worse than the one before is the last tried.
     """
     best, chosen, least = prior_ND, None, validation.error(prior_ND)
-    for ridge in ridges:
+    before = math.inf
+    for ridge in sorted(ridges):
         weight_ND = train.solve(ridge, prior_ND)
         error = validation.error(weight_ND)
         if error < least:
             best, chosen, least = weight_ND, ridge, error
+        if error > before:
+            break
+        before = error
     return best, chosen
 
 
 @torch.no_grad()
 def refit_down(
     moe: SparseMoE,
-    rows: Rows,
+    rows: "Rows",
     *,
     ridges: Sequence[float] = RIDGES,
     block_features: int = BLOCK_FEATURES,
@@ -122,7 +131,7 @@ def refit_down(
             train = _sums(moe, rows, "train", blocks, max_rows)
             validation = _sums(moe, rows, "validation", blocks) if turn == 0 else train
             for block, fitted, judged in zip(blocks, train, validation, strict=True):
-                features_N = _features(moe.shape, block)
+                features_N = _features(moe.shape, block).to(now_MD.device)
                 way_ND = start_MD[features_N] - now_MD[features_N]
                 if turn == 0:
                     change_ND, chosen[block.start] = best_ridge(fitted, judged, way_ND, ridges)
@@ -143,7 +152,7 @@ def refit_down(
 
 
 @torch.no_grad()
-def validation_error(moe: SparseMoE, rows: Rows) -> float:
+def validation_error(moe: SparseMoE, rows: "Rows") -> float:
     """relative_mse of the layer as it is; the absolute error where the target is zero."""
     error = power = 0.0
     for x_TD, y_TD in _chunks(moe, rows, "validation"):
@@ -177,7 +186,7 @@ def _passes(shape: MoEShape, block_features: int) -> list[list[slice]]:
 
 
 def _sums(
-    moe: SparseMoE, rows: Rows, split: str, blocks: list[slice], max_rows: int | None = None
+    moe: SparseMoE, rows: "Rows", split: str, blocks: list[slice], max_rows: int | None = None
 ) -> list[Normal]:
     """Of each block: its features, against what the layer leaves over."""
     shape, device = moe.shape, moe.down_proj.device
@@ -230,7 +239,7 @@ def _add(
 
 
 def _chunks(
-    moe: SparseMoE, rows: Rows, split: str, max_rows: int | None = None
+    moe: SparseMoE, rows: "Rows", split: str, max_rows: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(T, D) pairs on the layer's device, in its weights' dtype, float32 at least."""
     dtype = torch.promote_types(moe.down_proj.dtype, torch.float32)

@@ -216,7 +216,9 @@ def _begin(
         {"params": experts, "peak": cfg.learning_rate},
         {"params": list(norms.values()), "peak": cfg.learning_rate, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    fused = model.device.type == "cuda" or None  # null: as torch does it on a CPU
+    options = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "fused": fused}
+    optimizer = torch.optim.AdamW(groups, **options)
     return Healing(model, sparse, layers, norms, optimizer, cfg, balance_bias_rate, dtype, total)
 
 

@@ -26,6 +26,8 @@ from pipeline.router import ROUTER_FUNCTIONS
 from pipeline.shape import MoEShape
 
 HISTORY = "history.csv"
+NO_SHAPE = (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError)
+"""What a record raises that holds no shape of a layer, or one that cannot be built."""
 
 
 def layer_folders(folder: Path) -> dict[int, Path]:
@@ -70,31 +72,26 @@ def is_complete(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
+def load_layer(folder: Path, checked: bool = True) -> tuple[SparseMoE, dict[str, Any]]:
     """The layer on the CPU in evaluation mode, and its record.
+
+    Args:
+        checked: false leaves out `check_weights`, for who calls that.
 
     Raises:
         ArtifactError: a file is missing or damaged, or the tensors are not those of the shape.
     """
-    record = workdir.read_sealed(folder / CONFIG)
-    if workdir.file_digest(folder / WEIGHTS) != record.get("weights"):
-        raise _unusable(folder, f"{WEIGHTS} has not the SHA-256 that {CONFIG} records")
+    shape, record = read_shape(folder)
+    if checked:
+        check_weights(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
-        shape = _sound(MoEShape(**record["shape"]))
         with torch.device("meta"):
             empty = SparseMoE(shape).to(getattr(torch, record["dtype"])).state_dict()
     except (OSError, SafetensorError) as error:
         preflight.let_through(error)
         raise _unusable(folder, str(error)) from None
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:
+    except NO_SHAPE as error:
         preflight.let_through(error)
         raise _unusable(folder, f"{CONFIG} holds no shape of a sparse layer") from None
     wanted, found = _described(empty), _described(tensors)
@@ -104,6 +101,22 @@ def load_layer(folder: Path) -> tuple[SparseMoE, dict[str, Any]]:
     moe = SparseMoE(shape)
     moe.load_state_dict(tensors)
     return moe.eval(), record
+
+
+def read_shape(folder: Path) -> tuple[MoEShape, dict[str, Any]]:
+    """Shape and record of a layer, whose weights are not read; `ArtifactError` as `load_layer`."""
+    record = workdir.read_sealed(folder / CONFIG)
+    try:
+        return _sound(MoEShape(**record["shape"])), record
+    except NO_SHAPE:
+        raise _unusable(folder, f"{CONFIG} holds no shape of a sparse layer") from None
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse weights that are not those that the layer's record vouches for: `ArtifactError`."""
+    record = workdir.read_sealed(folder / CONFIG)
+    if workdir.file_digest(folder / WEIGHTS) != record.get("weights"):
+        raise _unusable(folder, f"{WEIGHTS} has not the SHA-256 that {CONFIG} records")
 
 
 def _sound(shape: MoEShape) -> MoEShape:

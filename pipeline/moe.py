@@ -16,6 +16,8 @@ Shapes: T tokens, D d_model, H d_ff_expert, E experts, K top_k.
 """
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -159,38 +161,50 @@ def fit_thresholds(moe: SparseMoE, x_TD: Tensor) -> None:
 
 
 @torch.no_grad()
-def fit_bias(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor) -> None:
+def fit_bias(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor, at_once: int | None = None) -> None:
     """Add to each expert's `down_bias` what its tokens lack on average: mean compensation.
 
     Least squares of the residual on the experts' weights; for one expert per token it is the mean
     over its tokens. What an expert leaves out is the dense FFN's other neurons: their mean needs
     none of them to be run (FLAP, An et al. 2024, section 3.3).
+
+    Args:
+        at_once: rows of a forward pass; null = all.
     """
-    y_hat, routing = moe.forward_routed(x_TD)
-    weights_TE = routing.weights_TE().double()
-    gram_EE = weights_TE.T @ weights_TE
+    grams, crosses = [], []
+    for x, y in zip(*(side.split(at_once or len(x_TD)) for side in (x_TD, y_TD)), strict=True):
+        y_hat, routing = moe.forward_routed(x)
+        weights_TE = routing.weights_TE().double()
+        grams.append(weights_TE.T @ weights_TE)
+        crosses.append(weights_TE.T @ (y - y_hat).double())
+    gram_EE, cross_ED = reduce(add, grams), reduce(add, crosses)
     gram_EE.diagonal().add_(1e-6 * gram_EE.diagonal().mean() + 1e-12)  # an expert without tokens
-    bias_ED = torch.linalg.solve(gram_EE, weights_TE.T @ (y_TD - y_hat).double())
-    moe.get_parameter("down_bias").add_(bias_ED)
+    moe.get_parameter("down_bias").add_(torch.linalg.solve(gram_EE, cross_ED))
 
 
 @torch.no_grad()
-def fit_scale(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor) -> float:
+def fit_scale(moe: SparseMoE, x_TD: Tensor, y_TD: Tensor, at_once: int | None = None) -> float:
     """Multiply `down_proj` by the one scalar that fits `y` best on these rows, and return it.
 
     Least squares in closed form: with b the (unscaled) part of output biases and shared expert,
     s = <moe(x) - b, y - b> / <moe(x) - b, moe(x) - b>. For starts that are not exact; 1.0 where
     the experts give nothing.
+
+    Args:
+        at_once: rows of a forward pass; null = all.
     """
-    y_hat, routing = moe.forward_routed(x_TD)
-    bias = torch.zeros_like(y_hat, dtype=torch.float64)
-    if moe.shape.bias:
-        weights_TE = routing.weights_TE()
-        bias = (weights_TE @ moe.get_parameter("down_bias").to(weights_TE.dtype)).double()
-    if moe.shape.d_ff_shared:
-        bias += moe.shared_expert(x_TD.to(moe.down_proj.dtype)).view_as(bias).double()
-    part, target = y_hat.double() - bias, y_TD.double() - bias
-    power = float((part * part).sum())
-    scale = float((part * target).sum()) / power if power else 1.0
+    power = along = 0.0
+    for x, y in zip(*(side.split(at_once or len(x_TD)) for side in (x_TD, y_TD)), strict=True):
+        y_hat, routing = moe.forward_routed(x)
+        bias = torch.zeros_like(y_hat, dtype=torch.float64)
+        if moe.shape.bias:
+            weights_TE = routing.weights_TE()
+            bias = (weights_TE @ moe.get_parameter("down_bias").to(weights_TE.dtype)).double()
+        if moe.shape.d_ff_shared:
+            bias += moe.shared_expert(x.to(moe.down_proj.dtype)).view_as(bias).double()
+        part, target = y_hat.double() - bias, y.double() - bias
+        power += float((part * part).sum())
+        along += float((part * target).sum())
+    scale = along / power if power else 1.0
     moe.down_proj.mul_(scale)
     return scale

@@ -42,6 +42,7 @@ def train_layer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     start: SparseMoE | None = None,
+    store_url: str | None = None,
 ) -> SparseMoE:
     """Fit the layer of `plan` to its own store; it is written to `layers_folder/layer_K`.
 
@@ -50,13 +51,14 @@ def train_layer(
         plan: one of `plan_layers`.
         dtype: of the matrix products.
         start: an untrained layer to begin with; null = as `moe_cfg.init` says.
+        store_url: as `capture_activations` had it.
 
     An interrupted call goes on from its last checkpoint. Raises as `training.fit_layer`.
     """
     captured, layer = Path(capture_folder), plan["layer"]
     folder = Path(layers_folder) / f"layer_{layer}"
     folder.mkdir(parents=True, exist_ok=True)
-    reader = LayerReader(captured / f"layer_{layer}.zarr", device)
+    reader = LayerReader(captured / f"layer_{layer}.zarr", device, store_url)
     moe = training.fit_layer(
         reader,
         DenseFFN.load(captured / f"ffn_{layer}.safetensors"),

@@ -21,6 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.ffn import ACTIVATIONS, DenseFFN
@@ -137,9 +138,33 @@ def _formula_of_all(trial: nn.Module) -> Formula | None:
 
 
 def _best(trial: nn.Module, candidates: Iterator[Formula], x: Tensor, y: Tensor) -> Formula | None:
-    """The nearest to y, not the first that is good enough: the two kinds of gelu are that close."""
+    """The nearest to y, not the first that is good enough: the two kinds of gelu are that close.
+
+    A product of a projection serves all the formulas that it is in: reading its weights is what a
+    few rows cost.
+    """
+    products: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def product(weight: Tensor, bias: Tensor | None) -> Tensor:
+        key = weight.data_ptr(), weight.shape
+        if key not in products:
+            products[key] = F.linear(x, weight, bias)
+        return products[key]
+
+    bent: dict[str, dict[Formula, Tensor]] = {}  # by the projection that they go through at last
     with torch.inference_mode():
-        errors = {c: float((ffn_of(trial, c)(x) - y).abs().max()) for c in candidates}
+        for c in candidates:
+            ffn = ffn_of(trial, c)
+            gate = None if ffn.gate_proj is None else product(ffn.gate_proj, ffn.gate_bias)
+            hidden = ffn.bend(product(ffn.up_proj, ffn.up_bias), gate)
+            bent.setdefault(c.down, {})[c] = hidden
+        errors: dict[Formula, float] = {}
+        for down, hidden in bent.items():
+            weight, bias = _weight(trial, down), _bias(trial, down)
+            given = F.linear(torch.stack([*hidden.values()]), weight, bias)
+            errors |= {
+                c: float((one - y).abs().max()) for c, one in zip(hidden, given, strict=True)
+            }
     best = min(errors, key=lambda c: errors[c], default=None)
     return best if best and errors[best] <= TOLERANCE * float(y.abs().max()) else None
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Plan:
     free: Free
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages of which it is known
     download: int = 0  # bytes of the dense model that are not in the hub's cache
+    apart: int = 0  # bytes that go to capture.store_url
 
     @property
     def left(self) -> dict[str, Cost]:
@@ -132,11 +133,12 @@ def make(cfg: Config, record: Mapping[str, Any], free: Free | None = None) -> Pl
             memory=preflight.free_memory(),
             gpu=None if cfg.runtime.device is Device.cpu else preflight.free_gpu_memory(),
         )
-    sizes = sizes_of(cfg, record, on_gpu=free.gpu is not None)
+    sizes = replace(sizes_of(cfg, record, on_gpu=free.gpu is not None), card=free.gpu)
     costs = cost.costs(sizes)
-    if free.gpu is None and free.memory is not None:
+    if free.memory is not None:
         costs["convert"] = _fitted(costs["convert"], cost.least_convert(sizes), free.memory)
-    return Plan(costs, there, free, _seconds(costs, root, there), _download(cfg, sizes))
+    seconds, apart = _seconds(costs, root, there), cost.apart_bytes(sizes)
+    return Plan(costs, there, free, seconds, _download(cfg, sizes), apart)
 
 
 def sizes_of(cfg: Config, record: Mapping[str, Any], on_gpu: bool) -> Sizes:
@@ -327,7 +329,12 @@ def _plain(found: Plan, offers: list[str]) -> dict[str, Any]:
             name: {**asdict(c), "there": name in found.there, "seconds": found.seconds.get(name)}
             for name, c in found.costs.items()
         },
-        "need": {"disk": found.disk, "files": found.files, "download": found.download},
+        "need": {
+            "disk": found.disk,
+            "files": found.files,
+            "download": found.download,
+            "object_store": found.apart,
+        },
         "free": asdict(found.free),
         "fits": not found.lacking(),
         "lacking": found.lacking(),
@@ -366,6 +373,8 @@ def _show(found: Plan, cfg: Config, record: Mapping[str, Any], measured_now: boo
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if found.download:
         print(f"the dense model is not in the hub's cache: {size(found.download)} to download")
+    if found.apart:
+        print(f"capture.store_url takes {size(found.apart)} of shards, which take no disk here")
     if found.seconds:
         how = "by the last run of each stage here, at its work"
         how += "; where none was, a lower bound by a probe" * measured_now

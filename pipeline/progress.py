@@ -80,6 +80,8 @@ class Pace:
         told = f"{self.unit}, {_number(rate)} {self.unit}/s"
         if self.tokens:
             told = f"{self.unit}, {_number(rate * self.tokens)} tokens/s"
+        elif rate < 0.05:  # of which `_number` shows nothing
+            told = self.unit
         return told + (f", {duration((total - done) / rate)} left" if done < total else "")
 
 

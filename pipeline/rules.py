@@ -95,6 +95,9 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluate.new_tokens": (0, None),
     "runtime.threads": (1, None),
     "runtime.lock_wait_s": (0, None),
+    "prefill.timeout_s": (0, None),
+    "prefill.lost_wait_s": (0, None),
+    "prefill.layers_per_gpu": (1, None),
 }
 
 
@@ -122,6 +125,8 @@ def validate(cfg: Config) -> None:
             remedy="choose another model.name",
         )
     _check_repository(cfg.evaluate.push_to_hub)
+    if cfg.capture.store_url is not None:
+        check_store_url(cfg.capture.store_url)
     if (cfg.model.id is None) == (cfg.model.embedded is None):
         raise ConfigError(
             "It is not clear which dense model is meant.",
@@ -278,6 +283,27 @@ def _check_repository(name: str | None) -> None:
             value=name,
             rule="owner/name: letters, digits, '.', '_' and '-', none of these three at an end",
             remedy="correct evaluate.push_to_hub, or set it to null",
+        )
+
+
+def check_store_url(url: str) -> None:
+    """Refuse what is no address of an object store, or holds more than that."""
+    if set(url.partition("://")[2]) & set("@?:#"):
+        raise ConfigError(
+            "capture.store_url holds more than an address.",
+            value="one with '@', '?', ':' or '#', which is not repeated here",
+            rule="no configuration holds credentials: it lies in files, and some of them in git",
+            remedy="write the address alone, and give credentials in the environment",
+        )
+    part = r"[A-Za-z0-9_=+-][A-Za-z0-9._=+-]*"
+    bucket = rf"(s3|gs)://[a-z0-9][a-z0-9._-]+(/{part})*/?"
+    if not re.fullmatch(rf"{bucket}|file:///[^\x00-\x1f]+", url):
+        raise ConfigError(
+            "capture.store_url is no address of an object store.",
+            value=url,
+            rule="s3://bucket/prefix, gs://bucket/prefix or file:///folder; prefixes of letters, "
+            "digits, '.', '_', '=', '+' and '-'",
+            remedy="correct capture.store_url, or set it to null",
         )
 
 

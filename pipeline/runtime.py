@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OWN_CALLS = {"HF_HUB_DISABLE_TELEMETRY": "1", "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
 OWN_CALLS["ITERATIVE_DO_NOT_TRACK"] = "1"  # DVC and DVCLive
-"""What keeps libraries from reporting home, where the user has not said otherwise."""
+OWN_CALLS["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 def warn(text: str) -> None:
@@ -27,6 +27,12 @@ def warn(text: str) -> None:
 def tell(name: str, value: object, reason: str) -> None:
     """Say what was chosen for this run, and why."""
     print(f"{name}: {value} ({reason})", flush=True)
+
+
+def keep_private() -> None:
+    """Keep libraries from reporting home, where the user has not said otherwise."""
+    for name, value in OWN_CALLS.items():
+        os.environ.setdefault(name, value)
 
 
 def check_platform() -> None:
@@ -47,8 +53,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def configure(cfg: RuntimeConfig) -> None:
+def configure(cfg: RuntimeConfig, why: str = "configured") -> None:
     """Set up threads and other libraries' bars before torch is imported; raises `ConfigError`.
+
+    `why` is the reason for `cfg.threads`, where it has a value.
 
     OpenMP's threads spin while they wait; on shared cores that made a small Llama's step 6 times
     slower (2.5 s against 0.4 s), so they are told to sleep.
@@ -59,11 +67,10 @@ def configure(cfg: RuntimeConfig) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name, value in OWN_CALLS.items():
-        os.environ.setdefault(name, value)
+    keep_private()
     if not sys.stderr.isatty():  # other libraries' live bars are noise in a log
         os.environ.setdefault("TQDM_DISABLE", "1")
-    tell("threads", threads, "configured" if cfg.threads else "every core that it may use")
+    tell("threads", threads, why if cfg.threads else "every core that it may use")
 
 
 def pick_device(cfg: RuntimeConfig) -> "torch.device":

@@ -47,6 +47,7 @@ def measure(
     *,
     moe_cfg: MoEConfig,
     seed: int,
+    store_url: str | None = None,
     progress: Progress = silent,
 ) -> dict[int, dict[str, float]]:
     """Layer -> candidate -> the KL of the model with it in place, in nats per predicted token.
@@ -57,6 +58,7 @@ def measure(
         captured: holds `layer_K.zarr` and `ffn_K.safetensors`.
         blocks: (sequences, sequence_length) token ids of text that things are chosen on.
         known: JSON file of what is measured so far; an interrupted call goes on from it.
+        store_url: the object store, for captures whose shards lie there.
 
     Raises:
         ConfigError: the model predicts no tokens.
@@ -72,15 +74,16 @@ def measure(
     slots = find_ffns(model)
     kls = workdir.read_sealed(known) if known.exists() else {}
     total = sum(map(len, plans.values()))
+    taken = sum(p.nbytes for p in model.parameters())
     for k, of in plans.items():
         measured = kls.setdefault(str(k), {})
         ffn = DenseFFN.load(captured / f"ffn_{k}.safetensors")
         for name, plan in of.items():
             if name not in measured:
-                rows = FirstRows(
-                    captured / f"layer_{k}.zarr", start_rows(MoEShape(**plan["shape"]))
-                )
-                moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed)
+                n = start_rows(MoEShape(**plan["shape"]))
+                rows = FirstRows(captured / f"layer_{k}.zarr", n, model.device, store_url)
+                place = {"device": model.device, "beside": taken}
+                moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed, **place)
                 measured[name] = _finite(layer_kl(model, slots[k], moe, blocks), k, name)
                 workdir.write_sealed(known, kls)
             done = sum(map(len, kls.values()))
@@ -115,8 +118,14 @@ def start_rows(shape: MoEShape) -> int:
 class FirstRows(LayerReader):
     """A layer's store, of whose training rows only the first ones are seen."""
 
-    def __init__(self, path: Path, train: int) -> None:
-        super().__init__(path)
+    def __init__(
+        self,
+        path: Path,
+        train: int,
+        device: torch.device | str = "cpu",
+        store_url: str | None = None,
+    ) -> None:
+        super().__init__(path, device, store_url)
         self.rows = {**self.rows, "train": min(train, self.rows["train"])}
         self._layout = dataclasses.replace(self._layout, rows=self.rows)
 

@@ -1,4 +1,4 @@
-"""One array of the store, read straight from its shard files.
+"""One array of the store, read straight from its shard files, wherever they lie.
 
 A shard is a file of independently compressed chunks, each followed by its crc32c, and an index of
 (offset, length) pairs, also with its crc32c (Zarr v3, sharding codec). A read is one `pread`, one
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import google_crc32c
 import numcodecs.blosc
@@ -45,6 +46,14 @@ def chunk_checksums(shard: Bytes, chunks_per_shard: int) -> list[int | None]:
     return [None if end is None else _parse_crc(shard[end - CRC : end]) for end in ends]
 
 
+def sound_chunks(content: Bytes, chunks_per_shard: int) -> list[int | None]:
+    """As `chunk_checksums`; empty where the index of the shard is damaged, or there is none."""
+    size = INDEX_ENTRY * chunks_per_shard + CRC
+    if not chunks_per_shard or len(content) < size or _parse_index(content[-size:]) is None:
+        return []
+    return chunk_checksums(content, chunks_per_shard)
+
+
 def file_checksum(path: Path) -> int:
     """crc32c of a file's bytes; about 3 GB/s from the page cache."""
     crc = 0
@@ -64,6 +73,57 @@ def damaged(path: Path, why: str) -> ArtifactError:
     )
 
 
+class Place(Protocol):
+    """Where the files of a store lie, each under its key: a folder, or an object store."""
+
+    in_flight: int | None
+    """Reads at a time that pay; null = as many as there are threads."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes; null where there is no such file."""
+        ...
+
+    def read(self, key: str, offset: int, *into: Bytes) -> None:
+        """Fill the buffers from `offset` on, one behind the other; raises what `damaged` makes."""
+        ...
+
+    def checksums(self, key: str, n_chunks: int) -> tuple[int, list[int | None]]:
+        """crc32c of the whole file, and those of its chunks where it is sound and has some."""
+        ...
+
+    def damaged(self, key: str, why: str) -> ArtifactError:
+        """The refusal of one file."""
+        ...
+
+
+class Files:
+    """A store's files in its own folder."""
+
+    in_flight: int | None = None
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def size(self, key: str) -> int | None:
+        path = self.root / key
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, key: str, offset: int, *into: Bytes) -> None:
+        _pread(self.root / key, offset, *into)
+
+    def checksums(self, key: str, n_chunks: int) -> tuple[int, list[int | None]]:
+        path = self.root / key
+        empty = not n_chunks or not path.stat().st_size
+        content = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
+        return file_checksum(path), sound_chunks(content, n_chunks)
+
+    def delete(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def damaged(self, key: str, why: str) -> ArtifactError:
+        return damaged(self.root / key, why)
+
+
 @dataclass(frozen=True)
 class Shard:
     """What a commit recorded of one shard file."""
@@ -76,11 +136,15 @@ class ShardedArray:
     """The rows of one array, decoded chunk by chunk into the caller's memory.
 
     Safe to use from several threads at once.
+
+    Args:
+        place: holds the shard files below the key `folder`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        place: Place,
+        folder: str,
         shards: Sequence[Shard],
         *,
         row_bytes: int,
@@ -88,10 +152,11 @@ class ShardedArray:
         shard_rows: int,
         compressed: bool,
     ) -> None:
-        self.folder, self.shards = folder, shards
+        self.place, self.folder, self.shards = place, folder, shards
         self.row_bytes, self.chunk_rows, self.compressed = row_bytes, chunk_rows, compressed
         self.chunks_per_shard = shard_rows // chunk_rows
         self._indices: dict[int, NDArray[np.uint64]] = {}
+        self._reading = [threading.Lock() for _ in shards]  # an index, once
 
     def read_rows(self, chunk: int, out: Bytes, first: int = 0) -> None:
         """Fill `out` (rows, row_bytes) with the rows of `chunk` from its row `first` on.
@@ -115,30 +180,36 @@ class ShardedArray:
                 numcodecs.blosc.decompress(stored, rows)
                 out[:] = rows[first : first + len(out)]
         except (ValueError, RuntimeError) as error:  # sound, and of another width
-            path = self.folder / shard_key(chunk // self.chunks_per_shard)
-            raise damaged(path, f"chunk {chunk % self.chunks_per_shard}: {error}") from None
+            k, local = divmod(chunk, self.chunks_per_shard)
+            raise self.place.damaged(self._key(k), f"chunk {local}: {error}") from None
 
     def _read(self, chunk: int, into: Bytes | None = None) -> Bytes:
         """The stored bytes of a chunk, checked; without `into` good until this thread's next."""
         k, local = divmod(chunk, self.chunks_per_shard)
-        path = self.folder / shard_key(k)
-        offset, length = map(int, self._index(k, path)[local])
+        key = self._key(k)
+        offset, length = map(int, self._index(k, key)[local])
         stored = _scratch.of(length - CRC) if into is None else into
         checksum = np.empty(CRC, np.uint8)
-        _pread(path, offset, stored, checksum)
+        self.place.read(key, offset, stored, checksum)
         if not google_crc32c.value(stored) == _parse_crc(checksum) == self.shards[k].chunks[local]:
-            raise damaged(path, f"chunk {local} does not match its checksum")
+            raise self.place.damaged(key, f"chunk {local} does not match its checksum")
         return stored
 
-    def _index(self, k: int, path: Path) -> NDArray[np.uint64]:
-        if k not in self._indices:
-            size = INDEX_ENTRY * self.chunks_per_shard + CRC
-            tail = np.empty(size, np.uint8)
-            _pread(path, self.shards[k].size - size, tail)
-            index = _parse_index(tail)
-            if index is None:
-                raise damaged(path, "its index does not match its checksum")
-            self._indices[k] = index
+    def _key(self, k: int) -> str:
+        return f"{self.folder}/{shard_key(k)}"
+
+    def _index(self, k: int, key: str) -> NDArray[np.uint64]:
+        if k in self._indices:
+            return self._indices[k]
+        with self._reading[k]:
+            if k not in self._indices:
+                size = INDEX_ENTRY * self.chunks_per_shard + CRC
+                tail = np.empty(size, np.uint8)
+                self.place.read(key, self.shards[k].size - size, tail)
+                index = _parse_index(tail)
+                if index is None:
+                    raise self.place.damaged(key, "its index does not match its checksum")
+                self._indices[k] = index
         return self._indices[k]
 
 

@@ -7,7 +7,7 @@ Permutations come from Philox under a SHA-256 of what they are for: the same eve
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ def locate(sizes: Sequence[int], row: int) -> tuple[int, int]:
     return len(sizes), row
 
 
-def prefetch(load: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:
+def prefetch(load: Callable[[int], T], items: Sequence[int]) -> Generator[T, None, None]:
     """`load` of each item in order, the next one loading in a thread while one is used."""
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(load, items[0])

@@ -13,9 +13,7 @@ entropy allows 0.66 to 0.68) and 0.75 with the fast one (lz4 after a bit shuffle
 depends on time, path or threads: equal data and settings give equal bytes.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +21,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline import commits, hierarchy, shuffle
+from pipeline import commits, hierarchy, objects, shuffle
 from pipeline.commits import ARRAYS, Layout
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
-from pipeline.shards import Shard, ShardedArray, damaged, shard_key
+from pipeline.objects import Objects
+from pipeline.shards import Files, Shard, ShardedArray, damaged, shard_key
 from pipeline.shuffle import Pair
-from pipeline.volume import row_layout
-from pipeline.workdir import file_digest
+from pipeline.volume import APART, row_layout
+from pipeline.workdir import file_digest, remove_partials, write_bytes
 
 MIX_CHUNKS = 32
 """Chunks that are permuted together when a split does not stay in memory: twice this many of each
@@ -60,11 +59,31 @@ class Rows(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
+def digest(path: Path) -> str:
+    """That of `LayerReader`, without a look at shards that lie on an object store."""
+    place = None if objects.is_apart(path) else Files(path)
+    return commits.digest(commits.read_complete(path, place)[2])
+
+
+def verify_apart(folder: Path, store_url: str | None) -> int:
+    """Read again every byte that the stores of layers in `folder` have on an object store.
+
+    Returns how many of them have.
+
+    Raises:
+        ArtifactError: an object is missing or damaged; it is named.
+    """
+    found = [path for path in sorted(folder.glob("layer_*.zarr")) if objects.is_apart(path)]
+    for path in found:
+        LayerReader(path, store_url=store_url).verify()
+    return len(found)
+
+
 class LayerWriter:
     """Writes one layer's store shard by shard, in any order; a killed one is opened again."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self.path, self.layout = path, layout
+    def __init__(self, path: Path, layout: Layout, place: Files | Objects) -> None:
+        self.path, self.layout, self.place = path, layout, place
         self.shard_rows = layout.shard_rows
         self.n_shards = {split: layout.n_shards(split) for split in layout.rows}
 
@@ -82,6 +101,8 @@ class LayerWriter:
         chunk_mb: float,
         attributes: dict[str, Any],
         outputs_from: Path | None = None,
+        alone: bool = True,
+        store_url: str | None = None,
     ) -> "LayerWriter":
         """Create the store, or go on with what an interrupted run left of it.
 
@@ -93,9 +114,13 @@ class LayerWriter:
             attributes: JSON values that say what the store was made from.
             outputs_from: a `DenseFFN` saved beside the store, which then holds inputs alone; null
                 = it holds both.
+            alone: no other process writes shards of the store at this time; what is half-written
+                there goes.
+            store_url: the object store that takes the shards; null = this folder does.
 
         Raises:
             ArtifactError: the store there was begun with other settings; they are named.
+            ResourceError: the object store does not answer, or denies access.
         """
         assert min(rows.values()) > 0, "every split holds something"
         row_bytes = d_model * dtype.itemsize
@@ -103,30 +128,70 @@ class LayerWriter:
         named = outputs_from and (outputs_from.name, file_digest(outputs_from))
         layout = Layout(rows, d_model, dtype, sequence_length, codec, chunk_rows, shard_rows, named)
         metadata = hierarchy.metadata(layout, attributes)
-        if path.exists():
-            hierarchy.check(path, metadata)
-        else:
-            hierarchy.create(path, metadata)
-        for partial in path.rglob("*.partial"):
-            partial.unlink()
-        return cls(path, layout)
+        kept = metadata if store_url is None else metadata | objects.apart(path)
+        if not path.exists():
+            hierarchy.create(path, kept)
+        hierarchy.check(path, kept)
+        place = objects.place_of(path, store_url, create=True)
+        if isinstance(place, Objects):
+            hierarchy.create_objects(place, metadata)
+        if alone:
+            remove_partials(path)
+            remove_partials(path.parent, f"{path.name}.*.partial")
+        return cls(path, layout, place)
 
-    def committed(self, split: str) -> set[int]:
-        """Shards that need not be written: every byte is read and verified."""
-        return {k for k in range(self.n_shards[split]) if self._is_intact(split, k)}
+    @classmethod
+    def reopen(cls, path: Path, store_url: str | None = None) -> "LayerWriter":
+        """That of a store as it was begun, to ask which of its shards are `committed`.
+
+        Raises:
+            ArtifactError: no store was begun there.
+        """
+        layout, _ = commits.read_attributes(path)
+        return cls(path, layout, objects.place_of(path, store_url))
+
+    def committed(self, split: str, among: Iterable[int] | None = None) -> set[int]:
+        """Shards that need not be written: every byte is read and verified.
+
+        On an object store also those that another machine has committed there.
+
+        Args:
+            among: only these are looked at; null = all.
+        """
+        numbers = range(self.n_shards[split]) if among is None else among
+        return {k for k in numbers if self._is_intact(split, k)}
 
     def _is_intact(self, split: str, k: int) -> bool:
         path = commits.commit_path(self.path, split, k)
-        if not path.exists():
-            return False
         try:
-            commit = commits.read_commit(path)
+            commit = commits.read_commit(path) if path.exists() else self._commit_there(split, k)
+            if commit is None:
+                return False
             commits.check_commit(path, commit, self.layout, split, k)
             for key, recorded in commit["objects"].items():
-                commits.check_object(self.path, key, recorded)
+                there = self.place if key in self.layout.shard_files(split, k) else Files(self.path)
+                commits.check_object(there, key, recorded)
         except ArtifactError:
             return False
+        if isinstance(self.place, Objects):
+            self._write_commit(split, k, commit)
         return True
+
+    def _commit_there(self, split: str, k: int) -> commits.Commit | None:
+        """That of the object store, where another machine wrote it or this one lost its own."""
+        key = commits.commit_key(split, k)
+        if not isinstance(self.place, Objects) or self.place.size(key) is None:
+            return None
+        return commits.parse_commit(self.place.content(key).tobytes(), self.place, key)
+
+    def _write_commit(self, split: str, k: int, commit: commits.Commit) -> None:
+        """On the object store and here, wherever it is not there yet."""
+        path, key = commits.commit_path(self.path, split, k), commits.commit_key(split, k)
+        written = commits.encode(commit)
+        if isinstance(self.place, Objects) and self.place.size(key) != len(written):
+            self.place.put(key, written)
+        if not path.exists():
+            write_bytes(path, written)
 
     def write_shard(self, split: str, k: int, ffn_input: Tensor, ffn_output: Tensor) -> None:
         """Write rows `shard_range(k)` of every array; durable and committed on return.
@@ -147,14 +212,13 @@ class LayerWriter:
             self._check_finite(rows, split, k, name)
         # zarr would merge into a shard that it finds, and an existing file may be a hard link.
         commits.commit_path(self.path, split, k).unlink(missing_ok=True)
-        for key in self.layout.shard_files(split, k):
-            (self.path / key).unlink(missing_ok=True)
-        chunks_per_shard = self.shard_rows // self.layout.chunk_rows
+        for key in (commits.commit_key(split, k), *self.layout.shard_files(split, k)):
+            if self.place.size(key) is not None:
+                self.place.delete(key)
         shards = {}
         for name, rows in pairs[: len(self.layout.arrays)]:
-            array = f"{split}/{name}"
-            shards |= hierarchy.write_rows(self.path, array, start, rows, chunks_per_shard)
-        commits.write_commit(self.path, self.layout, split, k, shards)
+            shards |= hierarchy.write_rows(self.place, self.layout, f"{split}/{name}", start, rows)
+        self._write_commit(split, k, commits.make_commit(self.path, self.layout, split, k, shards))
 
     def _check_finite(self, rows: Tensor, split: str, k: int, name: str) -> None:
         # 10 times as fast as isfinite().all(): one pass, no mask; NaN goes through to both ends.
@@ -183,14 +247,20 @@ class LayerReader:
 
     Args:
         device: where outputs are computed; all rows are given on the CPU.
+        store_url: the object store, for a store that has its shards there.
 
     Raises:
         ArtifactError: a commit or a file is missing, damaged, or another's; it is named.
+        ConfigError: the shards lie on an object store, and it is not said on which.
+        ResourceError: the object store does not answer, or denies access.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, path: Path, device: torch.device | str = "cpu", store_url: str | None = None
+    ) -> None:
         self.path, self._device = path, device
-        self._layout, self.attributes, self._commits = commits.read_complete(path)
+        self._place = objects.place_of(path, store_url)
+        self._layout, self.attributes, self._commits = commits.read_complete(path, self._place)
         self.d_model, self.dtype = self._layout.d_model, self._layout.dtype
         self.sequence_length, self.rows = self._layout.sequence_length, self._layout.rows
         arrays = self._layout.arrays
@@ -201,8 +271,13 @@ class LayerReader:
 
     def digest(self) -> str:
         """SHA-256 of what the commits record: equal for equal stores, wherever they lie."""
-        recorded = {path.name: commit for path, commit in self._commits.items()}
-        return hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
+        return commits.digest(self._commits)
+
+    def stored_bytes(self) -> int:
+        """Of all its files, wherever they lie."""
+        described = [commit["objects"] for commit in self._commits.values()]
+        sizes = {key: of[key]["size"] for of in described for key in of}
+        return sum(sizes.values()) + sum(path.stat().st_size for path in self._commits)
 
     def read(self, split: str, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows [start, stop) in order: (input, output), each (rows, d_model), on the CPU."""
@@ -216,7 +291,7 @@ class LayerReader:
             return (x, y), first - chunk * size
 
         chunks = range(start // size, -(-stop // size))
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with self._threads() as threads:
             list(threads.map(lambda chunk: self._read_chunk(split, chunk, *part(chunk)), chunks))
         for chunk in chunks:
             self._compute_outputs(split, chunk, *part(chunk))
@@ -253,16 +328,27 @@ class LayerReader:
 
     def verify(self) -> None:
         """Read every byte again; `ArtifactError` names what is damaged, or not of this store."""
-        known = set(self._commits)
-        for commit in self._commits.values():
-            for key, recorded in commit["objects"].items():
-                commits.check_object(self.path, key, recorded)
-                known.add(self.path / key)
+        described = {k: v for c in self._commits.values() for k, v in c["objects"].items()}
+        written = {f"{commits.FOLDER}/{path.name}": path for path in self._commits}
+        known = {*described, *written}
+        for key, recorded in described.items():
+            commits.check_object(self._place, key, recorded)
+        if isinstance(self._place, Objects):
+            for key, path in written.items():
+                if self._place.content(key).tobytes() != path.read_bytes():
+                    raise self._place.damaged(key, "it is not the commit of this store")
+            for key in self._place.sizes().keys() - known:
+                raise self._place.damaged(key, "no commit knows it")
+            known = {key for key in known if key.endswith(".json")} | {APART}
         if self._layout.outputs_from:
             self._ffn()
         for path in sorted(self.path.rglob("*")):
-            if path.is_file() and path not in known:
+            if path.is_file() and str(path.relative_to(self.path)) not in known:
                 raise damaged(path, "no commit knows it")
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """What reads and decodes chunks: more of them where each read waits for an answer."""
+        return ThreadPoolExecutor(self._place.in_flight or torch.get_num_threads())
 
     def _array(self, split: str, name: str) -> ShardedArray:
         shards = []
@@ -271,7 +357,8 @@ class LayerReader:
             recorded = commit["objects"][f"{split}/{name}/{shard_key(k)}"]
             shards.append(Shard(recorded["size"], recorded["chunks"]))
         return ShardedArray(
-            self.path / split / name,
+            self._place,
+            f"{split}/{name}",
             shards,
             row_bytes=self._layout.row_bytes,
             chunk_rows=self._layout.chunk_rows,
@@ -311,7 +398,7 @@ class LayerReader:
                 self._compute_outputs(split, chunk, part)
             return x[:end], y[:end]
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with self._threads() as threads:
             yield from shuffle.prefetch(load, left)
         spare.append(buffers)
 

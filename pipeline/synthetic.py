@@ -8,6 +8,7 @@ Shapes: T tokens, D d_model.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from pipeline.ffn import DenseFFN
 from pipeline.shuffle import Pair, generator
-from pipeline.store import LayerReader
+
+if TYPE_CHECKING:
+    from pipeline.store import LayerReader
 
 SUM_ROWS = 16384  # captured rows that are summed at a time
 READ_ROWS = 1024  # rows that `read` draws together, so that it need not draw those before
@@ -28,16 +31,15 @@ class SyntheticRows:
     CPU. A batch depends on (seed, epoch, its index, batch_size) and on no batch before it.
     """
 
-    def __init__(self, reader: LayerReader, ffn: DenseFFN, *, seed: int) -> None:
+    def __init__(self, reader: "LayerReader", ffn: DenseFFN, *, seed: int) -> None:
         self.path, self.rows = reader.path, reader.rows
         self.d_model, self.dtype = reader.d_model, reader.dtype
         self.sequence_length = reader.sequence_length
         self._reader, self._seed = reader, seed
         self._device = ffn.up_proj.device
         self._ffn = ffn.to(self._device, torch.float32)
-        mean_D, covariance_DD = _statistics(reader)
-        self._mean_D = mean_D.to(self._device, torch.float32)
-        self._root_DD = _root(covariance_DD).to(self._device, torch.float32)
+        mean_D, covariance_DD = _statistics(reader, self._device)
+        self._mean_D, self._root_DD = mean_D.float(), _root(covariance_DD).float()
 
     def read(self, split: str, start: int = 0, stop: int | None = None) -> Pair:
         """Rows [start, stop) in order: (input, output), each (rows, d_model), on the CPU.
@@ -88,13 +90,14 @@ class SyntheticRows:
         return x_TD, self._ffn(x_TD.float()).to(self.dtype)
 
 
-def _statistics(reader: LayerReader) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of the captured training inputs, float64."""
+def _statistics(reader: "LayerReader", device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of the captured training inputs, float64, on the device."""
     rows = reader.rows["train"]
-    sum_D = torch.zeros(reader.d_model, dtype=torch.float64)
-    gram_DD = torch.zeros(reader.d_model, reader.d_model, dtype=torch.float64)
+    f64 = {"dtype": torch.float64, "device": device}
+    sum_D = torch.zeros(reader.d_model, **f64)
+    gram_DD = torch.zeros(reader.d_model, reader.d_model, **f64)
     for start in range(0, rows, SUM_ROWS):
-        x_TD = reader.read("train", start, start + SUM_ROWS)[0].double()
+        x_TD = reader.read("train", start, start + SUM_ROWS)[0].to(**f64)
         sum_D += x_TD.sum(dim=0)
         gram_DD.addmm_(x_TD.T, x_TD)
     mean_D = sum_D / rows

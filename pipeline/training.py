@@ -17,15 +17,15 @@ import copy
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import preflight, resume
+from pipeline import footprint, preflight, resident, resume
 from pipeline.config import DynamicConfig, MoEConfig, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
@@ -39,8 +39,10 @@ from pipeline.router import load_balance_loss, router_z_loss, routing_statistics
 from pipeline.runtime import tell, warn
 from pipeline.shape import MoEShape
 from pipeline.start import start_layer
-from pipeline.store import LayerReader, Rows
 from pipeline.synthetic import SyntheticRows
+
+if TYPE_CHECKING:
+    from pipeline.store import LayerReader, Rows
 
 LAST_GOOD = "last_good"
 """In the work folder of a layer whose training stopped: its best state, as a layer."""
@@ -80,7 +82,7 @@ class Fit:
 
 
 def fit_layer(
-    reader: LayerReader,
+    reader: "LayerReader",
     ffn: DenseFFN,
     plan: Mapping[str, Any],
     folder: Path,
@@ -141,7 +143,8 @@ def fit_layer(
             _restore(fit, folder / resume.CHECKPOINT)
         else:
             _validate(fit, objective)
-        for ffn_input, ffn_output in _remaining(rows, cfg, seed, fit.step, steps_per_epoch):
+        batches = _batches(fit, objective, rows, moe_cfg.dynamic)
+        for ffn_input, ffn_output in _remaining(batches, cfg, seed, fit.step, steps_per_epoch):
             if _is_stalled(fit, cfg.patience):
                 break
             terms = step(fit, objective, ffn_input.to(device), ffn_output.to(device))
@@ -157,7 +160,7 @@ def fit_layer(
     return _finish(fit, plan, folder)
 
 
-def _check_widths(reader: LayerReader, ffn: DenseFFN, plan: Mapping[str, Any]) -> None:
+def _check_widths(reader: "LayerReader", ffn: DenseFFN, plan: Mapping[str, Any]) -> None:
     wanted = plan["shape"]["d_model"], plan["shape"]["d_ff"]
     found = {"store": (reader.d_model, wanted[1]), "dense FFN": (ffn.d_model, ffn.d_ff)}
     wrong = [f"{name} has {sizes}" for name, sizes in found.items() if sizes != wanted]
@@ -170,8 +173,36 @@ def _check_widths(reader: LayerReader, ffn: DenseFFN, plan: Mapping[str, Any]) -
         )
 
 
+def _batches(
+    fit: Fit, objective: "Objective", rows: "Rows", dynamic: DynamicConfig
+) -> resident.Batches:
+    """What gives the batches: on a GPU those that lie there or come ahead of it.
+
+    Where the training rows lie on the device, the validation rows are put there too.
+    """
+    cfg, device = objective.cfg, objective.device
+    if device.type == "cpu" or cfg.data_free:
+        return rows.batches
+    if cfg.stream:
+        tell(f"rows of layer {fit.layer}", "on the CPU", "train.stream=true")
+        return resident.fed(rows, device)
+    shape = fit.moe.shape
+    if dynamic.enabled:
+        widest = max(shape.d_ff_expert, dynamic.max_d_ff)
+        shape = replace(shape, d_ff_expert=widest, expert_widths=None)
+    itemsize = objective.validation[0].itemsize
+    train, validation = rows.rows["train"], rows.rows["validation"]
+    need = footprint.pair(rows.d_model, itemsize, train + validation)
+    beside = footprint.training(shape, cfg.batch_size, validation)
+    if not resident.fits(f"rows of layer {fit.layer}", device, need, beside):
+        return resident.fed(rows, device)
+    x_TD, y_TD = objective.validation
+    objective.validation = x_TD.to(device), y_TD.to(device)
+    return resident.gathered(resident.upload(rows, "train", device))
+
+
 def begin(
-    rows: Rows,
+    rows: "Rows",
     ffn: DenseFFN,
     plan: Mapping[str, Any],
     objective: "Objective",
@@ -181,7 +212,7 @@ def begin(
     total: int,
     start: SparseMoE | None = None,
 ) -> Fit:
-    """The untrained layer and its optimizer, on the objective's device.
+    """The untrained layer, made on the objective's device, and its optimizer.
 
     Args:
         rows: what the start is made from; see `start.start_layer`.
@@ -189,8 +220,10 @@ def begin(
         start: as `fit_layer`; it stays as it is.
     """
     device, layer = objective.device, plan["layer"]
-    made = start_layer(ffn, plan, moe_cfg, rows, seed=seed) if start is None else start
-    moe = copy.deepcopy(made).to(device)
+    if start is None:
+        moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed, device=device).to(device)
+    else:
+        moe = copy.deepcopy(start).to(device)
     kernel = objective.cfg.kernel.name
     moe.kernel, reason = pick_kernel(device.type, objective.dtype, moe.shape, kernel)
     alone = moe.shape.routing == "token_choice" and moe.shape.top_k == 1
@@ -218,7 +251,7 @@ class Objective:
 
     def __init__(
         self,
-        reader: Rows,
+        reader: "Rows",
         cfg: TrainConfig,
         device: torch.device,
         dtype: torch.dtype,
@@ -264,7 +297,8 @@ class Objective:
         batches = zip(*(side.split(self.cfg.batch_size) for side in self.validation), strict=True)
         taken = []
         moe.eval()
-        fit_thresholds(moe, self.validation[0].to(self.device))
+        if moe.shape.capacity_factor is not None:
+            fit_thresholds(moe, self.validation[0].to(self.device))
         for ffn_input, ffn_output in batches:
             y = ffn_output.to(self.device).float()
             with self.autocast():
@@ -299,7 +333,9 @@ def _optimizer(moe: SparseMoE, cfg: TrainConfig, router_held: bool) -> torch.opt
             "peak": cfg.learning_rate,
         },
     ]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    fused = moe.down_proj.device.type == "cuda" or None  # null: as torch does it on a CPU
+    optimizer = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "fused": fused}
+    return torch.optim.AdamW(groups, **optimizer)
 
 
 def rate(step: int, total: int, cfg: TrainConfig) -> float:
@@ -311,14 +347,14 @@ def rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def _remaining(
-    reader: Rows, cfg: TrainConfig, seed: int, step: int, steps_per_epoch: int
+    batches: resident.Batches, cfg: TrainConfig, seed: int, step: int, steps_per_epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches after `step`, epoch after epoch, each in its own order."""
     if not steps_per_epoch:
         return
     first, skip = divmod(step, steps_per_epoch)
     for epoch in range(first, cfg.epochs):
-        yield from reader.batches(
+        yield from batches(
             "train",
             cfg.batch_size,
             seed=seed,

@@ -1,13 +1,15 @@
 """Re-hash every artefact below a folder, wherever it was copied or renamed to.
 
+Shards that lie on an object store are read too, where this folder's settings name it.
 An artefact is a folder with a manifest. What only a stage writes, and lies below no manifest, is
 an artefact that has lost its own.
 """
 
 from pathlib import Path
 
-from pipeline import workdir
+from pipeline import compose, workdir
 from pipeline.errors import ArtifactError
+from pipeline.volume import APART
 
 TELLTALE = (
     "dense.json",
@@ -40,7 +42,7 @@ def verify(folder: Path) -> None:
     for artefact in sorted({*sealed, *bare}):
         try:
             workdir.verify(artefact)
-            print(f"ok       {artefact}")
+            print(f"ok       {artefact}{_objects(artefact)}")
         except ArtifactError as error:
             damaged.append(error)
             print(f"DAMAGED  {artefact}\n{error}")
@@ -51,6 +53,18 @@ def verify(folder: Path) -> None:
             rule="every file has the digest that its manifest recorded",
             remedy="; ".join(dict.fromkeys(error.remedy for error in damaged)),
         )
+
+
+def _objects(artefact: Path) -> str:
+    """What was read of the artefact's shards on an object store, to be told."""
+    if not any(artefact.glob(f"layer_*.zarr/{APART}")):
+        return ""
+    from pipeline import store
+
+    url = compose.load([]).capture.store_url if compose.PARAMS.is_file() else None
+    if url is None:
+        return ": of its shards nothing was read, since capture.store_url is null here"
+    return f": also the shards of {store.verify_apart(artefact, url)} layers on {url}"
 
 
 def _without_manifest(folder: Path, sealed: set[Path]) -> list[Path]:

@@ -23,6 +23,11 @@ RATIO = {
 BLOCK = 4096
 """Bytes that a file fills up to on disk, and a folder takes."""
 
+APART = "shards.json"
+"""The file of a store whose shards lie on an object store: it says below what prefix."""
+
+MARKER = 60  # its bytes
+
 READ_COMMITS = 256  # of a store, to learn its ratio from
 
 
@@ -82,6 +87,7 @@ def volume(
     codec: Codec,
     layout: tuple[int, int],
     ratios: Mapping[str, float],
+    apart: bool = False,
 ) -> Volume:
     """Of one layer's store.
 
@@ -89,18 +95,21 @@ def volume(
         rows: tokens per split.
         layout: rows of a chunk and of a shard (`row_layout`).
         ratios: by array, raw bytes over those stored; what is missing is as `RATIO` has it.
+        apart: its shards lie on an object store: only what describes them is counted.
     """
     row_bytes = d_model * ITEMSIZE[dtype]
     chunk_rows, shard_rows = layout
     planned = RATIO.get(codec, {}).get(dtype, 1.0)
-    names, total, files = arrays(store), 600, 1
+    names, total, files = arrays(store), 600 + MARKER * apart, 1 + apart
     for n in rows.values():
         n_shards, n_chunks = -(-n // shard_rows), -(-n // chunk_rows)
-        files += 1 + len(names) + n_shards * (len(names) + 1)
+        files += 1 + len(names) + n_shards * (1 if apart else len(names) + 1)
         kept = n_chunks * chunk_rows if codec is Codec.none else n
         for name in names:
-            total += round(kept * row_bytes / ratios.get(name, planned)) + 1400
-            total += 4 * n_chunks + n_shards * (16 * (shard_rows // chunk_rows) + 4)  # checksums
+            total += 1400
+            if not apart:
+                total += round(kept * row_bytes / ratios.get(name, planned))
+                total += 4 * n_chunks + n_shards * (16 * (shard_rows // chunk_rows) + 4)  # sums
         total += 70 + n_shards * (160 + len(names) * (200 + 14 * (shard_rows // chunk_rows)))
     return Volume(total, files, min(shard_rows, max(rows.values())) * row_bytes)
 

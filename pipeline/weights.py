@@ -2,7 +2,8 @@
 
 A model may be larger than memory: what a conversion leaves alone goes from the dense model's files
 to the sparse checkpoint's tensor by tensor, and a file is written at its full size before its
-first tensor is there.
+first tensor is there. Checksums are taken of what is written, so that the files can be held against
+it without making any of it again.
 """
 
 import json
@@ -13,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import google_crc32c
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
@@ -24,6 +26,7 @@ from pipeline import preflight, workdir
 from pipeline.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+READ_BLOCK = 1 << 20  # bytes: stays in the cache between the read and its checksum
 
 DTYPES = {
     torch.float64: "F64",
@@ -134,8 +137,10 @@ def write(
     planned: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: str,
-) -> None:
+) -> dict[str, int]:
     """Write safetensors files as `save_pretrained` names them, one tensor after the other.
+
+    Returns the crc32c of each tensor's bytes, by name.
 
     Args:
         planned: every tensor of the checkpoint, on the meta device.
@@ -162,6 +167,7 @@ def write(
     total = sum(t.numel() * t.itemsize for t in planned.values())
     lever = "fewer or narrower experts (moe.n_experts, moe.d_ff_expert) take less in proportion"
     preflight.check_disk("the checkpoint", folder, max(0, total - taken), [lever])
+    written: dict[str, int] = {}
     with ExitStack() as opened:
         places: dict[str, tuple[Any, int]] = {}
         for filename, names in split.filename_to_tensors.items():
@@ -171,12 +177,40 @@ def write(
         for name, tensor in tensors:
             file, start = places.pop(name)
             assert (tensor.shape, tensor.dtype) == (planned[name].shape, planned[name].dtype), name
+            raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             file.seek(start)
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(raw.data)
+            written[name] = google_crc32c.value(raw)
         assert not places, f"not given: {', '.join(places)}"
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         workdir.write_json(folder / INDEX, index)
+    return written
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """As `write` returns them, of a file on disk, read block by block.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, path.stat().st_size)))
+        return {
+            name: _checksum(file, 8 + size + described["data_offsets"][0], described)
+            for name, described in header.items()
+            if name != "__metadata__"
+        }
+
+
+def _checksum(file: Any, start: int, described: Mapping[str, Any]) -> int:
+    first, last = described["data_offsets"]
+    file.seek(start)
+    crc, left = 0, last - first
+    while left and (block := file.read(min(READ_BLOCK, left))):
+        crc, left = google_crc32c.extend(crc, block), left - len(block)
+    return crc
 
 
 def _write_header(file: Any, planned: Mapping[str, Tensor]) -> dict[str, int]:

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from pipeline.activations import record_ffn
 from pipeline.assembly import shared_copy
-from pipeline.capture import Forward
 from pipeline.discovery import FFNSlot, find_ffns
 from pipeline.errors import ConfigError
 from pipeline.moe import SparseMoE
+from pipeline.passes import Forward
 
 TOLERANCE = 0.02
 """Largest share of a probe that may be missing behind the layer; bf16 rounds that much away."""

@@ -92,7 +92,7 @@ class SmallCheckout:
         pico["train"]["epochs"] = 1
         for group, changes in pico.items():
             for path in (self.root / "conf" / group).glob("*.yaml"):
-                _edit(path, changes)
+                edit(path, changes)
         model = yaml.safe_load((self.root / "conf/model/pico.yaml").read_text())
         model |= {"name": "tiny", "layers": [*range(LAYERS)]}
         model["embedded"]["n_layers"] = LAYERS
@@ -105,13 +105,13 @@ class SmallCheckout:
             family = re.match("llama|smollm2|qwen2", entry["name"])
             if family:
                 write_dense(self.root / entry["id"], family[0])
-                _edit(path, {"layers": [0, 1]})
+                edit(path, {"layers": [0, 1]})
         sources = [path.read_text() for path in sorted((PROJECT / "pipeline").glob("*.py"))]
         rows = [part for text in sources for part in re.split(r"\n(?=def |class )", text)]
         lines = [json.dumps({"text": part.strip()}) + "\n" for part in rows]
         (self.root / "wikitext.jsonl").write_text("".join(lines))
         source = {"source": "files", "dataset": None, "subset": None, "files": ["wikitext.jsonl"]}
-        _edit(self.root / "conf/data/wikitext2.yaml", source)
+        edit(self.root / "conf/data/wikitext2.yaml", source)
 
     def wait_for_queue(self) -> None:
         """Until the experiments of `dvc queue start` have ended, all well."""
@@ -140,7 +140,7 @@ class SmallCheckout:
         return done.stdout
 
 
-def _edit(path: Path, changes: dict) -> None:
+def edit(path: Path, changes: dict) -> None:
     entry = yaml.safe_load(path.read_text())
     for key, value in changes.items():
         entry[key] = entry[key] | value if isinstance(value, dict) else value

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 
+from benchmarks import gpu
 from benchmarks.measure import compare, turns
 
 PROJECT = Path(__file__).parents[1]
+CODECS = ("none", "fast", "compact")
 FIELDS = {"what", "size", "unit", "ours", "reference", "ratio", "spread", "reach", "reached"}
 
 
@@ -28,7 +31,8 @@ def test_every_benchmark_runs_and_its_rows_have_their_fields(tmp_path):
     rows = json.loads(output.read_text())
     names = {row["command"].split()[-1] for row in rows}
     assert names == {
-        "layer", "store", "activations", "fitting", "sweep", "inference", "conversion", "startup",
+        "layer", "store", "objects", "activations", "fitting", "sweep", "inference", "conversion",
+        "launching", "startup",
     }  # fmt: skip
     for row in rows:
         assert row.keys() == FIELDS | {"command", "machine"}
@@ -42,10 +46,26 @@ def test_every_benchmark_runs_and_its_rows_have_their_fields(tmp_path):
 def test_the_gpu_benchmark_runs_tiny_on_any_device_and_explains_itself_without_a_gpu(tmp_path):
     run("benchmarks.gpu", "--quick", "--output", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["ms"].keys() == {"products", "dense", "sparse", "step", "training"}
-    assert found["capture / forward"] > 0
+    timed = {"products", "dense", "sparse", "step", "rows", "forward", "disk"}
+    assert found["ms"].keys() == timed | {f"capture, {codec}" for codec in CODECS}
+    assert all(found[f"capture, {codec} / forward"] > 0 for codec in CODECS)
+    assert all(found["seconds of a whole layer"][part] > 0 for part in ("start", "training"))
     if not torch.cuda.is_available():
         assert "no CUDA device" in run("benchmarks.gpu")
+
+
+def test_the_gpu_benchmark_times_what_runs_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("REPEATS", "FEW", "EPOCHS"):
+        monkeypatch.setattr(gpu, name, 1)
+    monkeypatch.setattr("pipeline.specialists.ROUNDS", 1)
+    monkeypatch.setattr("pipeline.specialists.ROUTER_STEPS", 2)
+    with pretend_cuda() as device:
+        found = gpu.measured(gpu.TINY, 512, cuda=True)
+        assert not device.products, "a product ran on the CPU beside the device"
+    assert {"fed", "resident", "step"} < found["ms"].keys() == found["peak bytes"].keys()
+    assert all(found[f"{way}, of a step's speed on one batch"] > 0 for way in ("fed", "resident"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_turns_begin_with_another_way_each_time():

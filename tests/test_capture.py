@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from pipeline import capture, corpus, dense, workdir
-from pipeline.activations import record_ffn
+from pipeline.activations import INPUT, OUTPUT, hook_ffn, record_ffn
 from pipeline.config import CaptureConfig, Codec, Config, DataConfig, Dtype, TokensConfig
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError, InputError
@@ -21,6 +21,7 @@ from pipeline.progress import Progress, silent
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 from pipeline.stages import capture as stage
 from pipeline.store import LayerReader
+from pipeline.transfer import Transfer
 
 LENGTH, VOCABULARY = 8, 64
 SEQUENCES = {"train": 5, "validation": 1, "heldout": 2}
@@ -196,6 +197,45 @@ def test_record_ffn_leaves_no_hook_behind_after_an_exception():
     with pytest.raises(StopError), record_ffn({s.index: s.module for s in dense.find_ffns(model)}):
         raise StopError
     assert hooks(model) == 0
+
+
+def test_a_pass_ends_behind_the_last_ffn_that_is_wanted(undisturbed: Path, tmp_path: Path):
+    """No logits are computed, nor a layer further on; the model then runs as a whole again."""
+    model, ran = tiny(), []
+    for name in ("lm_head", "model.norm", "model.layers.2", "model.layers.1"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    folder = captured(tmp_path / "a", model, layers=[0, 1])
+    assert files(folder) == layer_files(undisturbed, 0, 1)
+    assert not ran, "layer 1 is left behind its FFN"
+    model(input_ids=blocks()["heldout"])
+    assert ran == ["model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+
+
+def test_hook_ffn_gives_rows_of_the_models_own(tmp_path: Path):
+    """Whoever keeps them copies them: a model may add to its FFN's output in place."""
+    model, seen = tiny(), {}
+    slots = dense.find_ffns(model)
+    with (
+        torch.inference_mode(),
+        hook_ffn({1: slots[1]}, lambda *given: seen.update([(given[:2], given[2])])),
+    ):
+        model(input_ids=blocks()["train"])
+    assert seen.keys() == {(1, INPUT), (1, OUTPUT)}
+    assert all(rows.shape == (5 * LENGTH, 16) for rows in seen.values())
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transfer_copies_into_the_dtype_of_its_target(dtype: torch.dtype):
+    rows, target = torch.randn(6, 4), torch.empty(6, 4, dtype=dtype)
+    transfer = Transfer()
+    transfer(target, rows)
+    kept = rows.clone()
+    rows.zero_()
+    transfer.wait()
+    assert torch.equal(target, kept.to(dtype))
+    with pytest.raises(AssertionError):
+        transfer(target, rows[:1])  # it would be repeated
 
 
 # Stores

@@ -48,7 +48,6 @@ from pipeline.stages import convert as convert_stage
 from pipeline.start import is_exact, start_layer
 from pipeline.store import LayerReader
 
-CPU = torch.device("cpu")
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 SMALL |= {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0}
@@ -203,7 +202,7 @@ def convert(folders: Folders, proved: bool, max_shard_size: str = "2GB") -> None
     source, layers = str(folders.dense), folders.layer_folders()
     if proved:
         size = {"max_shard_size": max_shard_size}
-        checkpoint.assemble(source, layers, folders.sparse, device=CPU, **size)
+        checkpoint.assemble(source, layers, folders.sparse, **size)
     else:
         how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
         checkpoint.Conversion(source, layers, {}, how).write(folders.sparse, max_shard_size)
@@ -510,7 +509,7 @@ def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(tm
         moe = random_layer(dataclasses.replace(OWN_LAYER, **kind), seed=k)
         save_layer(moe, tmp_path / f"layer_{k}", {"layer": k, "host": "custom"})
     layers = layer_folders(tmp_path)
-    checkpoint.assemble(str(tmp_path / "dense"), layers, tmp_path / "sparse", device=CPU)
+    checkpoint.assemble(str(tmp_path / "dense"), layers, tmp_path / "sparse")
     loaded = dense.load_model(str(tmp_path / "sparse"))
     assert type(loaded).__name__ == "SparseDistilledModel"
     in_memory = checkpoint.convert_to_sparse(model, tmp_path)
@@ -728,7 +727,7 @@ def test_layer_folders_are_in_order_of_their_index_and_pass_over_the_rest(tmp_pa
 
 def refused(folders: Folders, layers: dict[int, Path], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        checkpoint.assemble(str(folders.dense), layers, folders.sparse, device=CPU)
+        checkpoint.assemble(str(folders.dense), layers, folders.sparse)
     assert not folders.sparse.exists()
 
 
@@ -758,11 +757,21 @@ def test_assemble_refuses_layers_of_another_model(prepared: Folders, tmp_path: P
     refused(other, other.layer_folders(), InputError, "Layer 0 was trained for another")
 
 
-def test_assemble_refuses_a_damaged_layer(prepared: Folders, tmp_path: Path):
+def flip_a_weight(folder: Path) -> None:
+    content = bytearray((folder / "layer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "layer.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_weight])
+def test_assemble_refuses_a_damaged_layer(
+    prepared: Folders, tmp_path: Path, damage: Callable[[Path], None]
+):
     shutil.copytree(prepared.layers, tmp_path / "layers")
-    cut(tmp_path / "layers" / "layer_0")
-    layers = layer_folders(tmp_path / "layers")
-    refused(prepared, layers, ArtifactError, "layer_0")
+    damage(tmp_path / "layers" / "layer_0")
+    layers, into = layer_folders(tmp_path / "layers"), tmp_path / "sparse"
+    with pytest.raises(ArtifactError, match="layer_0"):
+        checkpoint.assemble(str(prepared.dense), layers, into)
 
 
 def test_assemble_refuses_layers_trained_under_another_router_function(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 from pipeline import clean, compose, workdir
 from pipeline.config import select
 from pipeline.errors import ConfigError
+from pipeline.objects import Objects, captures
+from pipeline.prefill import ledger
+from pipeline.prefill.units import Unit
 
 MODULE = "pipeline.stages.tokens"
 KEYS = ("data", "model.id", "model.trust_remote_code")
@@ -211,3 +215,45 @@ def test_an_empty_project_has_nothing_to_remove(capsys: pytest.CaptureFixture[st
     shutil.rmtree(".scratch", ignore_errors=True)
     clean.clean(dry_run=False, yes=False, everything=False)
     assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_objects_go_with_the_work_that_they_belong_to_and_only_if_it_is_said(
+    project: Path, capsys: pytest.CaptureFixture[str]
+):
+    other, published = (made("stages/capture", *how) for how in (["data.sequence_length=16"], []))
+    unknown = "0" * 16
+    url = f"file://{project}/objects"
+    for name in (other.name, published.name, unknown):
+        place = Objects(url, f"{name}/layer_0.zarr", create=True)
+        place.put("train/input/c.0.0", b"x" * 5000)
+        place.put("commits/train_00000.json", b"{}")
+    params = project / "params.yaml"
+    with pytest.raises(ConfigError, match="no object store to clean"):
+        clean.clean(dry_run=False, yes=True, everything=False, objects=True)
+    params.write_text(params.read_text().replace("store_url: null", f"store_url: {url}"))
+    clean.clean(dry_run=True, yes=False, everything=False, objects=True)
+    told = capsys.readouterr().out
+    assert re.search(rf"goes:\n(.*\n)* +5 kB  {url}/{other.name}: finished for another", told)
+    assert re.search(rf"stays:\n(.*\n)* +5 kB  {url}/{published.name}: what lies in stages", told)
+    assert re.search(rf" +5 kB  {url}/{unknown}: unknown here", told)
+    assert captures(url).keys() == {other.name, published.name, unknown}
+    clean.clean(dry_run=False, yes=True, everything=False, objects=True)
+    assert captures(url).keys() == {published.name, unknown}
+    clean.clean(dry_run=False, yes=True, everything=True)
+    assert captures(url).keys() == {published.name, unknown}
+
+
+def test_records_of_prefill_stay_while_a_unit_waits_unless_all_goes():
+    unit = Unit("layer_0-0", "layer", "0", (), {})
+    ledger.record([unit])
+    clean.clean(dry_run=False, yes=True, everything=False)
+    assert ledger.look(unit) in ledger.every()
+    with ledger.held(unit, 0):
+        clean.clean(dry_run=False, yes=True, everything=False)
+        assert ledger.every()
+        ledger.end_failed(unit, ledger.begin(unit, None), KeyError(), "")
+    clean.clean(dry_run=False, yes=True, everything=False)
+    assert not ledger.root().exists()
+    ledger.record([unit])
+    clean.clean(dry_run=False, yes=True, everything=True)
+    assert not ledger.root().exists()

@@ -227,6 +227,7 @@ def test_every_number_has_a_range_and_every_range_a_number(project: Path):
                     "train.window=1",
                     "heal.router_learning_rate=1",
                     "runtime.threads=1",
+                    "prefill.timeout_s=1",
                     "data.max_samples=1",
                     "evaluate.max_batches=1",
                 ]

@@ -152,3 +152,13 @@ def test_oracle_computes_in_the_layers_dtype():
     moe = layer().bfloat16()
     ffn: DenseFFN = dense_ffn()
     assert OracleMoE(moe, ffn)(tokens().bfloat16()).dtype == torch.bfloat16
+
+
+def test_oracle_goes_to_the_dtype_of_the_model_that_it_stands_in():
+    """With its dense FFN, which it asks for each token's output: most models are in bfloat16."""
+    oracle = OracleMoE(layer(), dense_ffn())
+    exact = oracle(tokens()).detach()
+    half = oracle.to(torch.bfloat16)
+    found = half(tokens().bfloat16()).detach()
+    assert found.dtype is torch.bfloat16 and oracle.ffn.up_proj.dtype is torch.bfloat16
+    assert float(errors(found.float(), exact).mean() / exact.square().sum(dim=1).mean()) < 0.01

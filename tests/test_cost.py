@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from test_budget import record_of
 
-from pipeline import budget, compose
+from pipeline import budget, compose, footprint
 from pipeline.config import Codec, Config, Dtype
-from pipeline.cost import cost
+from pipeline.cost import Cost, Sizes, cost, train_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
@@ -51,3 +51,30 @@ def test_training_costs_nothing_without_epochs_and_twice_as_much_for_two(cfg):
         return costs(replace(cfg, train=replace(cfg.train, epochs=epochs)))["training_flops"]
 
     assert flops(0) == 0 < flops(1) and flops(2) == 2 * flops(1)
+
+
+def test_a_start_is_counted_where_it_is_made(cfg):
+    """On the GPU where its card has room, else on the host; the training always on the GPU."""
+    shape = MoEShape(**budget.uniform(RECORD, cfg.moe, [0])[0]["shape"])
+    rows = cfg.data.tokens.train, cfg.data.tokens.validation
+    start = footprint.start(shape, "specialist", *rows, 2, refitted=False)
+    training = footprint.training(shape, cfg.train.batch_size, rows[1])
+
+    def layer(card: int | None) -> Cost:
+        sizes = Sizes(RECORD | {"dtype": "bfloat16"}, {0: shape}, cfg, {}, True, card)
+        return train_layer(sizes, 0)
+
+    there, here = layer(int(start / 0.89)), layer(int(start / 0.91))
+    assert there.gpu == max(start, training) > here.gpu == training
+    assert here.host > there.host
+    assert layer(None) == there
+
+
+def test_a_start_at_the_width_of_70b_fits_an_h200():
+    """d_model 8192, d_ff 28672: 54 GB of it are sums."""
+    plain = MoEShape(8192, 28672, 14336, 16, 2, "silu", True, False, "softmax_topk")
+    assert footprint.specialist_sums(plain) == pytest.approx(54.5e9, rel=0.01)
+    given = (plain, "specialist", 2**21, 2**16, 2)
+    assert 60e9 < footprint.start(*given, refitted=False) < 0.9 * 141e9
+    assert footprint.start(*given, refitted=True) >= footprint.start(*given, refitted=False)
+    assert footprint.start(plain, "slice", *given[2:], refitted=False) < 70e9

@@ -292,6 +292,6 @@ def test_a_conversion_opens_in_a_fresh_process(name: str, tmp_path: Path):
         nn.init.normal_(moe.down_proj, std=0.2)
         folders[slot.index].mkdir()
         save_layer(moe, folders[slot.index], {"layer": slot.index, "host": OWN.name})
-    assemble(str(tmp_path / "dense"), folders, tmp_path / "sparse", device=torch.device("cpu"))
+    assemble(str(tmp_path / "dense"), folders, tmp_path / "sparse")
     sparse = run(dense.load_model(str(tmp_path / "sparse")), inputs)
     assert sparse.shape == before.shape and (sparse - before).abs().max() > 1e-3

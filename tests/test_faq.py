@@ -20,14 +20,18 @@ from pipeline import (
     dense,
     documents,
     lineage,
+    objects,
     prefill,
     preflight,
     record,
     runtime,
+    store,
     workdir,
 )
 from pipeline.config import Device, RuntimeConfig, select
 from pipeline.errors import PipelineError
+from pipeline.prefill import launch, ledger, outcome
+from pipeline.prefill.units import Unit
 from pipeline.stages import DENSE, TOKENS
 from pipeline.stages import config as config_stage
 
@@ -104,6 +108,29 @@ def locked(project: Path, patch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def not_installed(project: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(launch, "find_spec", lambda name: None)
+    prefill.main(["layer=0", "hydra/launcher=ray"], True)
+
+
+def no_slurm(project: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("PATH", "")
+    prefill.main(["layer=0", "hydra/launcher=submitit_slurm"], True)
+
+
+def units_that(begun: bool, timed_out: bool = False) -> Provocation:
+    """What a call says of a unit that has not ended."""
+
+    def provoke(project: Path, patch: pytest.MonkeyPatch) -> None:
+        unit = Unit("layer_0-0", "layer", "0", (), {})
+        ledger.record([unit])
+        if begun:
+            ledger.begin(unit, None)
+        outcome.conclude([ledger.look(unit)], timed_out, "joblib")
+
+    return provoke
+
+
 def lost(out: Path, error: Exception) -> Provocation:
     """A stage in which that happens."""
 
@@ -141,6 +168,22 @@ def changed_model(project: Path, patch: pytest.MonkeyPatch) -> None:
     record.source(cfg.model, DENSE)
 
 
+def shards_elsewhere(project: Path, patch: pytest.MonkeyPatch) -> None:
+    write_store(project / "layer_0.zarr", dense_ffn())
+    workdir.write_json(project / "layer_0.zarr" / "shards.json", {"below": "print/layer_0.zarr"})
+    store.digest(project / "layer_0.zarr")
+    store.LayerReader(project / "layer_0.zarr")
+
+
+def no_server(project: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(objects, "RETRY", {"max_retries": 0})
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ALLOW_HTTP": "true"}.items():
+        patch.setenv(f"AWS_{name}", value)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        patch.setenv(f"AWS_{name}", "x")
+    objects.Objects("s3://bucket", "print/layer_0.zarr").sizes()
+
+
 def other_settings(project: Path, patch: pytest.MonkeyPatch) -> None:
     TOKENS.mkdir(parents=True)
     workdir.write_manifest(TOKENS, {"settings": select(compose.load([]), ["data"])})
@@ -175,7 +218,19 @@ PROVOKED: dict[str, Provocation] = {
     "Remote code is asked for without saying which.": lambda project, patch: dense.load_model(
         "some/model", trust_remote_code=True
     ),
-    "It is not said which layers to fit.": lambda project, patch: prefill.main([]),
+    "It is not said which units to run.": lambda project, patch: prefill.main([]),
+    "There is no such part of the shards.": lambda project, patch: prefill.main(["shards=3/2"]),
+    "Several units are a sweep.": lambda project, patch: prefill.main(["layer=0,1"]),
+    "The launcher ray is not installed.": not_installed,
+    "There is no Slurm here.": no_slurm,
+    "The launcher does not take these settings.": lambda project, patch: prefill.main(
+        ["layer=0", "hydra/launcher=joblib", "hydra.launcher.njobs=2"], True
+    ),
+    "capture.store_url is no address of an object store.": overrides("capture.store_url=bucket"),
+    "capture.store_url holds more than an address.": overrides(
+        "capture.store_url='s3://key:secret@bucket/prefix'"
+    ),
+    "The shards of a store lie on an object store that is not named.": shards_elsewhere,
     "The dense model cannot be loaded.": lambda project, patch: dense.inspect("nowhere/none"),
     "No dense FFN was found in MixtralDecoderLayer: it is already sparse.": sparse_already,
     "The model does not have these layers.": lambda project, patch: record.check_layers([4], 4),
@@ -198,8 +253,12 @@ PROVOKED: dict[str, Provocation] = {
     "The machine refused: capture is not finished, what it had done is kept.": lost(
         Path("stages/capture"), OSError(errno.ENOSPC, "No space left on device")
     ),
+    "The object store cannot be used: ...": no_server,
     "There is no CUDA device.": no_gpu,
     "Another run works on .../.scratch/locks/train-layer_0.": locked,
+    "Units of work were lost.": units_that(begun=True),
+    "Units of work were not begun.": units_that(begun=False),
+    "The time is up, and units of work are not done.": units_that(begun=False, timed_out=True),
     "A file of an artefact cannot be read.": lambda project, patch: record.read(DENSE),
     "An artefact is damaged or incomplete.": damaged,
     "An activation store is damaged or incomplete.": damaged_store,

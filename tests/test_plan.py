@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -270,6 +271,20 @@ def test_finished_stages_cost_no_more_and_lend_their_time(planned: Plan, run: Ru
 def wide(*more: str) -> tuple[Config, dict[str, Any]]:
     cfg = compose.load(["model=tiny", "data.tokens.train=4194304", *more])
     return cfg, outline.record_of(cfg, DENSE)
+
+
+def test_shards_on_an_object_store_take_no_disk_and_are_told(
+    project: Path, capsys: pytest.CaptureFixture[str]
+):
+    here, apart = (
+        plan.make(*wide(*url), ROOMY) for url in ([], ["capture.store_url=s3://bucket/a"])
+    )
+    cost = apart.costs["capture"]
+    assert cost.bytes + apart.apart == pytest.approx(here.costs["capture"].bytes, rel=0.001)
+    assert cost.bytes < 0.05 * apart.apart and cost.files < here.costs["capture"].files / 2
+    assert here.apart == 0
+    plan.main(["capture.store_url=s3://bucket/a", "experiment=pico"], as_json=False, measure=False)
+    assert re.search(r"capture\.store_url takes .* of shards", capsys.readouterr().out)
 
 
 def test_a_store_of_inputs_takes_half(project: Path):

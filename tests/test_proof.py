@@ -125,13 +125,13 @@ def test_prove_compares_logits_where_the_model_fits(
     conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
 ):
     model = conversion.put_into(tf.AutoModelForCausalLM.from_pretrained(conversion.source))
-    proof.prove(written, lambda: iter([]), lambda: model.eval(), 64, 1e-4, free=10**9)
+    proof.prove(written, {}, lambda: model.eval(), 64, 1e-4, free=10**9)
     told = capsys.readouterr().out
     assert "the logits of a fresh process" in told and "largest logit difference" in told
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] += 0.1
     with pytest.raises(ArtifactError, match="does not compute what the model in memory does"):
-        proof.prove(written, lambda: iter([]), lambda: model, 64, 1e-4, free=10**9)
+        proof.prove(written, {}, lambda: model, 64, 1e-4, free=10**9)
 
 
 @pytest.mark.slow
@@ -139,22 +139,39 @@ def test_prove_builds_no_model_where_none_fits_and_says_so(
     conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
 ):
     needed = 1.5 * 4 * sum(t.numel() for t in conversion.planned().values())
-    proof.prove(written, conversion.tensors, not_called, 64, 1e-4, free=round(needed) - 1)
-    assert "every tensor against its source, and no logits" in capsys.readouterr().out
+    proof.prove(written, checksums(written), not_called, 64, 1e-4, free=round(needed) - 1)
+    assert "every tensor as it was written, and no logits" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="was built"):
-        proof.prove(written, conversion.tensors, not_called, 64, 1e-4, free=round(needed) + 1)
+        proof.prove(written, {}, not_called, 64, 1e-4, free=round(needed) + 1)
 
 
-@pytest.mark.parametrize("wrong", ["values", "left over"])
-def test_compare_tensors_refuses_other_values_and_tensors_left_over(
-    conversion: Conversion, written: Path, wrong: str
+def checksums(folder: Path) -> dict[str, int]:
+    files = folder.glob("*.safetensors")
+    return {name: crc for path in files for name, crc in weights.checksums(path).items()}
+
+
+@pytest.mark.parametrize("wrong", ["values", "left over", "missing", "no header", "short"])
+def test_compare_tensors_refuses_what_was_not_written(
+    conversion: Conversion, tmp_path: Path, wrong: str
 ):
-    files = sorted(written.glob("*.safetensors"))
-    proof.compare_tensors(files, conversion.tensors())
-    tensors = dict(conversion.tensors())
+    written = conversion.write(tmp_path / "sparse", "20KB")
+    files = sorted((tmp_path / "sparse").glob("*.safetensors"))
+    proof.compare_tensors(files, written)
+    path = next(p for p in files if "model.norm.weight" in weights.checksums(p))
+    named, content = r"model\.norm\.weight", load_file(path)
     if wrong == "values":
-        tensors["model.norm.weight"] = tensors["model.norm.weight"].roll(1)
+        content["model.norm.weight"] = content["model.norm.weight"].roll(1)
+        save_file(content, path)
+    elif wrong == "left over":
+        del written["model.norm.weight"]
+    elif wrong == "missing":
+        del content["model.norm.weight"]
+        save_file(content, path)
+    elif wrong == "no header":
+        path.write_bytes(b"\xff" * path.stat().st_size)
+        named = path.name
     else:
-        del tensors["model.norm.weight"]
-    with pytest.raises(ArtifactError, match=r"model\.norm\.weight"):
-        proof.compare_tensors(files, tensors.items())
+        path.write_bytes(path.read_bytes()[:-4])
+        named = "differ from what was written"
+    with pytest.raises(ArtifactError, match=named):
+        proof.compare_tensors(files, written)

@@ -37,8 +37,10 @@ def planned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_write_gives_files_that_safetensors_reads_equal(tmp_path: Path, size: str):
     """Tensors of all dtypes, each where its dtype may begin, in whatever order they come."""
     given = reversed(list(MIXED.items()))
-    weights.write(tmp_path, planned(MIXED), given, size)
+    written = weights.write(tmp_path, planned(MIXED), given, size)
     files = list(tmp_path.glob("*.safetensors"))
+    read = {name: crc for path in files for name, crc in weights.checksums(path).items()}
+    assert written == read and written.keys() == MIXED.keys()
     found = {name: tensor for path in files for name, tensor in load_file(path).items()}
     assert found.keys() == MIXED.keys()
     for name, tensor in MIXED.items():

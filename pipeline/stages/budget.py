@@ -66,12 +66,12 @@ def run(cfg: Config, published: bool = True) -> Path:
 
 
 def _judged_on(layers: list[int]) -> dict[str, str]:
-    from pipeline.store import LayerReader
+    from pipeline import store
 
     found = {"tokens": workdir.digest(TOKENS)}
     for k in layers:
         workdir.verify(CAPTURE, f"layer_{k}.zarr/commits/*", f"ffn_{k}.safetensors")
-        found[f"store_{k}"] = LayerReader(CAPTURE / f"layer_{k}.zarr").digest()
+        found[f"store_{k}"] = store.digest(CAPTURE / f"layer_{k}.zarr")
         found[f"ffn_{k}"] = workdir.file_digest(CAPTURE / f"ffn_{k}.safetensors")
     return found
 
@@ -98,6 +98,7 @@ def _measure(cfg: Config, options: "Options", known: Path) -> dict[int, dict[str
             CAPTURE,
             blocks[: max(1, cfg.moe.budget.tokens // blocks.shape[1])],
             known,
+            store_url=cfg.capture.store_url,
             moe_cfg=cfg.moe,
             seed=cfg.seed,
             progress=report,

@@ -12,10 +12,17 @@ from pathlib import Path
 
 from pipeline import command, lineage, progress, runtime, workdir
 from pipeline.config import CAPTURED_SPLITS, SPLITS, Config, Dtype, select
+from pipeline.locks import Part
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 
 PARAMS = (
-    "capture",
+    "capture.dtype",
+    "capture.store",
+    "capture.codec",
+    "capture.shard_mb",
+    "capture.chunk_mb",
+    "capture.batch_size",
+    "capture.heldout_tokens",
     "model.id",
     "model.dtype",
     "model.device_map",
@@ -24,53 +31,99 @@ PARAMS = (
 )
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, part: Part | None = None, published: bool = True) -> Path:
+    """The stage, or a part of it into the work folder alone; returns where the result lies."""
+    assert part is None or not published, "a part is no result"
     inputs = {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
     lineage.check(cfg, [DENSE, TOKENS])
     lineage.check_inputs(inputs, {"tokens": TOKENS})
 
+    layers, url = cfg.model.layers, cfg.capture.store_url
+
     def compute(folder: Path) -> None:
-        from pipeline import capture, corpus, dense, record
+        from pipeline import capture
 
-        source, revision = record.source(cfg.model, DENSE)
-        model = dense.load_model(
-            source,
-            revision=revision,
-            dtype=cfg.model.dtype.name,
-            device=runtime.pick_device(cfg.runtime),
-            device_map=cfg.model.device_map,
-            trust_remote_code=cfg.model.trust_remote_code,
+        if not capture.is_written(folder, layers, part, url):
+            _capture(cfg, folder, inputs, part)
+            return
+        print("every shard is there: no model is loaded", flush=True)
+        if part is None:
+            capture.check_stores(folder, layers, url)
+
+    def is_whole(folder: Path) -> bool:
+        from pipeline import capture
+
+        if not capture.is_written(folder, layers, store_url=url):
+            return False
+        capture.check_stores(folder, layers, url)
+        return True
+
+    def check_objects(folder: Path) -> None:
+        from pipeline import store
+
+        store.verify_apart(folder, url)
+
+    module, settings = "pipeline.stages.capture", select(cfg, PARAMS)
+    made_of = inputs | ({} if url is None else {"shards": "apart"})  # wherever: no address
+    wait_s = cfg.runtime.lock_wait_s
+    if part is None:
+        return workdir.produce(
+            CAPTURE,
+            module=module,
+            settings=settings,
+            inputs=made_of,
+            compute=compute,
+            lock_wait_s=wait_s,
+            published=published,
+            elsewhere=None if url is None else check_objects,
         )
-        rows = int(model.get_input_embeddings().num_embeddings)  # pyright: ignore
-        for split in SPLITS:  # `shifted` too: `evaluate` would find out only after the training
-            corpus.check_token_ids(corpus.read_blocks(TOKENS, split), rows)
-        blocks = {split: corpus.read_blocks(TOKENS, split) for split in CAPTURED_SPLITS}
-        kept = max(1, cfg.capture.heldout_tokens // blocks["heldout"].shape[1])
-        blocks["heldout"] = blocks["heldout"][:kept]
-        dtype = capture.stored_dtype(cfg.capture.dtype, model.dtype)
-        auto = f"auto, of a model in {str(model.dtype).removeprefix('torch.')}"
-        reason = auto if cfg.capture.dtype is Dtype.auto else "configured"
-        runtime.tell("stored dtype", str(dtype).removeprefix("torch."), reason)
-        with progress.shown("capture", "tokens") as report:
-            capture.capture_activations(
-                model,
-                blocks,
-                folder,
-                layers=cfg.model.layers,
-                cfg=cfg.capture,
-                dtype=dtype,
-                attributes=inputs,
-                progress=report,
-            )
-
-    workdir.produce(
+    return workdir.produce_part(
         CAPTURE,
-        module="pipeline.stages.capture",
-        settings=select(cfg, PARAMS),
-        inputs=inputs,
+        part,
+        module=module,
+        settings=settings,
+        inputs=made_of,
         compute=compute,
-        lock_wait_s=cfg.runtime.lock_wait_s,
+        is_whole=is_whole,
+        lock_wait_s=wait_s,
     )
+
+
+def _capture(cfg: Config, folder: Path, inputs: dict[str, str], part: Part | None) -> None:
+    from pipeline import capture, corpus, dense, record
+
+    source, revision = record.source(cfg.model, DENSE)
+    model = dense.load_model(
+        source,
+        revision=revision,
+        dtype=cfg.model.dtype.name,
+        device=runtime.pick_device(cfg.runtime),
+        device_map=cfg.model.device_map,
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+    rows = int(model.get_input_embeddings().num_embeddings)  # pyright: ignore
+    for split in SPLITS:  # `shifted` too: `evaluate` would find out only after the training
+        corpus.check_token_ids(corpus.read_blocks(TOKENS, split), rows)
+    blocks = {split: corpus.read_blocks(TOKENS, split) for split in CAPTURED_SPLITS}
+    kept = max(1, cfg.capture.heldout_tokens // blocks["heldout"].shape[1])
+    blocks["heldout"] = blocks["heldout"][:kept]
+    dtype = capture.stored_dtype(cfg.capture.dtype, model.dtype)
+    auto = f"auto, of a model in {str(model.dtype).removeprefix('torch.')}"
+    reason = auto if cfg.capture.dtype is Dtype.auto else "configured"
+    runtime.tell("stored dtype", str(dtype).removeprefix("torch."), reason)
+    with progress.shown("capture", "tokens") as report:
+        capture.capture_activations(
+            model,
+            blocks,
+            folder,
+            layers=cfg.model.layers,
+            cfg=cfg.capture,
+            dtype=dtype,
+            attributes=inputs,
+            part=part,
+            store_url=cfg.capture.store_url,
+            progress=report,
+        )
 
 
 if __name__ == "__main__":

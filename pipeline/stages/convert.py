@@ -18,18 +18,17 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline import command, lineage, record, runtime, workdir
+from pipeline import command, lineage, record, workdir
 from pipeline.config import Config, ConvertConfig, ModelConfig, RuntimeConfig, select
 from pipeline.errors import ConfigError
 from pipeline.stages import CONVERT, DENSE, HEAL, TOKENS, TRAIN, final_layers
 
 MODULE = "pipeline.stages.convert"
-TEMPLATE = Path(runtime.__file__).parent / "templates" / "card.md.j2"
+TEMPLATE = workdir.PACKAGE / "templates" / "card.md.j2"
 PARAMS = (
     "convert",
     "model.id",
     "model.dtype",
-    "model.device_map",
     "model.trust_remote_code",
     "model.layers",
 )
@@ -58,9 +57,7 @@ def run(cfg: Config) -> None:
             folder,
             revision=revision,
             dtype=cfg.model.dtype.name,
-            device_map=cfg.model.device_map,
             trust_remote_code=cfg.model.trust_remote_code,
-            device=runtime.pick_device(cfg.runtime),
             norms=assembly.read_norms(HEAL),
             max_shard_size=cfg.convert.max_shard_size,
             tolerance=cfg.convert.tolerance,
@@ -119,7 +116,6 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             folders,
             folder,
             revision=cfg.revision,
-            device=runtime.pick_device(how),
             norms=assembly.read_norms(given),
             max_shard_size=cfg.max_shard_size,
             tolerance=cfg.tolerance,

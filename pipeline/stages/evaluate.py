@@ -52,7 +52,8 @@ def run(cfg: Config) -> None:
     from pipeline.store import LayerReader
 
     layers = final_layers(cfg.model.layers)
-    stores = {k: LayerReader(CAPTURE / f"layer_{k}.zarr") for k in layers}
+    url = cfg.capture.store_url
+    stores = {k: LayerReader(CAPTURE / f"layer_{k}.zarr", store_url=url) for k in layers}
     settings = select(cfg, PARAMS)
     del settings["evaluate.push_to_hub"]  # where the result goes too does not change it
     parts = {"dense": DENSE, "tokens": TOKENS, "budget": BUDGET, "convert": CONVERT}
@@ -87,7 +88,7 @@ def run(cfg: Config) -> None:
                 tokenizer=dense.load_tokenizer(str(CONVERT)),
                 tokens=TOKENS,
                 layers=layers,
-                stores=stores,
+                stores={k: LayerReader(s.path, device, url) for k, s in stores.items()},
                 **_controls(layers, device),
                 cfg=cfg.evaluate,
                 progress=shown,
@@ -143,10 +144,9 @@ def _check_lineage(digests: Mapping[str, str], layers: list[int]) -> None:
 
 
 def _sizes(stores: Mapping[int, "LayerReader"]) -> dict[str, int]:
-    files = [p for store in stores.values() for p in store.path.rglob("*") if p.is_file()]
     return {
         "captured_tokens": sum(next(iter(stores.values())).rows.values()),
-        "store_bytes": sum(p.stat().st_size for p in files),
+        "store_bytes": sum(store.stored_bytes() for store in stores.values()),
         "checkpoint_bytes": sum(p.stat().st_size for p in CONVERT.glob("*.safetensors")),
     }
 

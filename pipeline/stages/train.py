@@ -77,7 +77,7 @@ def run(
                 loggers.opened(cfg.runtime, title, folder) as log,
             ):
                 training.fit_layer(
-                    LayerReader(rows, device),
+                    LayerReader(rows, device, cfg.capture.store_url),
                     DenseFFN.load(ffn),
                     wanted,
                     into,
@@ -127,9 +127,9 @@ def _behind(layer: int, behind: Behind | None) -> Behind:
 
 
 def store_digest(path: Path) -> str:
-    from pipeline.store import LayerReader
+    from pipeline import store
 
-    return LayerReader(path).digest()
+    return store.digest(path)
 
 
 if __name__ == "__main__":

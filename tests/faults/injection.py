@@ -156,12 +156,14 @@ class Stand:
         arm: Callable[[], object] = lambda: None,
         environment: Mapping[str, str] | None = None,
         published: bool = True,
+        part: tuple[int, int] | None = None,
     ) -> Child:
         """The stage in a child of this process; `arm` is called in it before anything else."""
         name, _, layer = stage.partition("@")
         module = sys.modules[f"pipeline.stages.{name}"]
         more = {"layer": int(layer)} if layer else {}
-        more |= {} if published else {"published": False}
+        more |= {} if published and part is None else {"published": False}
+        more |= {} if part is None else {"part": part}
 
         def act() -> None:
             cfg = compose.load(list(overrides))

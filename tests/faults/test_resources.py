@@ -19,6 +19,7 @@ import pytest
 from injection import Boundaries, Ended, Stand
 
 from pipeline import commits
+from pipeline.shards import Files
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +98,7 @@ def check_commits(scratch: Path) -> None:
     """Every shard that was committed is sound."""
     for path in scratch.glob("capture/*/layer_*.zarr/commits/*.json"):
         for key, recorded in commits.read_commit(path)["objects"].items():
-            commits.check_object(path.parents[1], key, recorded)
+            commits.check_object(Files(path.parents[1]), key, recorded)
 
 
 # Disk

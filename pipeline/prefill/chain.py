@@ -1,0 +1,74 @@
+"""Layers that depend on each other, with `train.window`: fitted one window after the other.
+
+Nothing is published; `dvc repro` adopts what it finds. See `windows.py`.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from pipeline import lineage, progress, runtime, workdir
+from pipeline.config import Config
+from pipeline.stages import CAPTURE, DENSE, TOKENS, budget, train
+
+
+def fit_windows(cfg: Config) -> None:
+    """Fit every layer, each window behind the ones before it."""
+    assert cfg.train.window is not None
+    lineage.check(cfg, (DENSE, TOKENS, CAPTURE))
+    runtime.configure(cfg.runtime)
+    plans, layers = budget.run(cfg, published=False), sorted(cfg.model.layers)
+    done: dict[int, Path] = {}
+    for first in range(0, len(layers), cfg.train.window):
+        window, earlier = layers[first : first + cfg.train.window], dict(done)
+        for k in window:
+            behind = partial(_capture_behind, cfg, earlier, window, k)
+            done[k] = train.run(cfg, k, plans, published=False, behind=behind)
+            print(f"layer {k}: complete in {done[k]}", flush=True)
+    shutil.rmtree(_windows(), ignore_errors=True)
+
+
+def _windows() -> Path:
+    return workdir.scratch_root() / "windows"
+
+
+def _capture_behind(
+    cfg: Config, earlier: Mapping[int, Path], window: list[int], layer: int, static: bool
+) -> tuple[Path, dict[str, str]]:
+    """The store of `layer` behind the earlier layers, or behind their static controls."""
+    from pipeline import capture, corpus, dense, record, windows
+    from pipeline.controls import STATIC
+    from pipeline.layers import load_layer
+    from pipeline.record import WEIGHTS
+
+    folders = {k: path / STATIC if static else path for k, path in earlier.items()}
+    digests = {str(k): workdir.file_digest(path / WEIGHTS) for k, path in folders.items()}
+    source, revision = record.source(cfg.model, DENSE)
+    model = dense.load_model(
+        source,
+        revision=revision,
+        dtype=cfg.model.dtype.name,
+        device=runtime.pick_device(cfg.runtime),
+        device_map=cfg.model.device_map,
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+    # A name for what the rows depend on: a rerun goes on from its shards.
+    name = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
+    folder = _windows() / f"layer_{window[0]}-{name}"
+    with progress.shown(f"capture layers {window}", "tokens") as report:
+        capture.capture_activations(
+            model,
+            {split: corpus.read_blocks(TOKENS, split) for split in ("train", "validation")},
+            folder,
+            cfg=cfg.capture,
+            layers=window,
+            dtype=capture.stored_dtype(cfg.capture.dtype, model.dtype),
+            attributes=digests,
+            forward=windows.forward_behind(
+                model, {k: load_layer(path)[0] for k, path in folders.items()}
+            ),
+            progress=report,
+        )
+    return folder / f"layer_{layer}.zarr", digests
