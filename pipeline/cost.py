@@ -7,7 +7,7 @@ vocabulary, B tokens of a batch. Multiply and add are 2 FLOPs; a backward pass i
 |---|---|---|---|
 | dense (embedded) | 4 P, while training 16 P more | 6 P x tokens of all steps | 16 P, logits |
 | tokens | 4 T | | the text |
-| capture | `volume.py`, and the FFNs | 2 P T up to its last layer | P, two shards of every layer, logits |
+| capture | `volume.py`, and the FFNs | 2 P T, to its last layer | P, two shards of every layer |
 | budget by kl | | candidates x (2 x 2 P T and a start) | 4 P, a start |
 | train, a layer | 4 s, while training 32 s more | 6 x active x T x epochs, a start | see `_train` |
 | heal | 4 S of the FFNs, and a checkpoint | (2 P + 6 active) x tokens | 4 P, 20 s of all, logits |
