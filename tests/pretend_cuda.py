@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -180,7 +181,12 @@ def _moving(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def made(
         data: Any, *, device: Any = None, requires_grad: bool = False, **kwargs: Any
     ) -> Tensor:
-        found = make(data, **kwargs) if device is None else make(data, **kwargs).to(device)
+        modes = reversed(_get_current_function_mode_stack())
+        around = next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
+        # a device is named, so that `with torch.device(...)` leaves it to the move
+        found = make(data, device="cpu", **kwargs)
+        if device is not None or around is not None:
+            found = found.to(around if device is None else device)
         return found.requires_grad_() if requires_grad else found
 
     return made

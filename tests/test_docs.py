@@ -129,6 +129,7 @@ REASONS = {
     "needs the hub and an account",
     "takes hours",
     "is what runs this",
+    "the capture is there already",
 }
 COMMAND = re.compile(r"(python -m|dvc|make|lm_eval|pip|git) ")
 QUEUE = "dvc queue start"
@@ -215,7 +216,13 @@ def test_commands_within_sentences_name_tools_stages_targets_and_settings_that_e
     text = re.sub(r"^```.*?^```$", "", (PROJECT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
     targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
     stages = {path.stem for path in (PROJECT / "pipeline" / "stages").glob("[a-z]*.py")}
-    known = {*refusals.kinds(), *refusals.groups(PROJECT / "conf"), "layer", "hydra/launcher"}
+    known = {
+        *refusals.kinds(),
+        *refusals.groups(PROJECT / "conf"),
+        "layer",
+        "shards",
+        "hydra/launcher",
+    }
     for command in re.findall(r"`([^`\n]+)`", text):
         words = command.split()
         if words[0] == "make" and len(words) == 2:

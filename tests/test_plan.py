@@ -407,14 +407,13 @@ def test_plan_imports_neither_torch_nor_transformers(project: Path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_measured_times_of_another_version_are_left_out(project: Path):
+def test_measured_times_of_another_version_are_left_out(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = project / ".scratch" / measured.FOLDER
     folder.mkdir(parents=True)
-    workdir.computed["train-layer_1"] = 12.5
-    try:
-        measured.note(compose.load(["experiment=pico"]))
-    finally:
-        del workdir.computed["train-layer_1"]
+    monkeypatch.setattr(workdir, "computed", {"train-layer_1": 12.5})
+    measured.note(compose.load(["experiment=pico"]))
     kept = json.loads((folder / "train-layer_1.json").read_text())
     kept["configuration"]["train"]["gone"] = 1
     (folder / "dense.json").write_text(json.dumps(kept))

@@ -156,14 +156,14 @@ def test_who_leaves_the_output_ends_the_jobs_too(here: Path):
 
 
 def test_when_the_time_is_up_jobs_here_end_and_what_is_done_stays(here: Path):
-    prefill("layer=0", "runtime.threads=1")
-    sweep = ("-m", "layer=0", "train.epochs=1,3000", "runtime.threads=1")
+    prefill("layer=0", "runtime.threads=1", "train.patience=0")
+    sweep = ("-m", "layer=0", "train.epochs=1,3000", "runtime.threads=1", "train.patience=0")
     said = prefill(*sweep, "hydra/launcher=joblib", "prefill.timeout_s=8", expect=4)
     assert "layer 0 train.epochs=1: found complete" in said
     assert "The time is up" in said and "layer 0 train.epochs=3000" in said
     found = {seen.unit.overrides: seen for seen in ledger.every()}
-    assert found[()].state.name == "done"
-    late = found[("train.epochs=3000",)]
+    assert found[("train.patience=0",)].state.name == "done"
+    late = found[("train.epochs=3000", "train.patience=0")]
     assert late.state.name in ("lost", "waiting") and not (late.run and alive(late.run["pid"]))
 
 
