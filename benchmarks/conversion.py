@@ -27,7 +27,7 @@ from pipeline.layers import save_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
-SIZES = ((1024, 24), (2048, 24))  # d_model, layers
+SIZES = ((1024, 12), (2048, 12))  # d_model, layers
 TINY = ((64, 2),)
 
 

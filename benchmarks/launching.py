@@ -22,11 +22,11 @@ from pipeline import compose, dense, runtime, workdir
 from pipeline.capture import capture_activations
 from pipeline.stages import CAPTURE, DENSE, TOKENS, budget
 
-SIZES = {128: 65536}  # d_model, tokens of train
+SIZES = {128: 16384}  # d_model, tokens of train
 TINY = {32: 4096}
 OPTIONS = ("model=tiny", "model.layers=[0,1]", "moe=half", "capture=default", "train=default")
 SEQUENCE, VALIDATION = 128, 4096
-TURNS = 3
+TURNS = 5
 
 
 def rows(quick: bool) -> Iterator[Row]:
