@@ -1,6 +1,6 @@
 """The closed form of one layer of Llama-3.2-3B's size: too long for the table of all.
 
-python -m benchmarks.measure closed [--quick]     five turns of minutes each, or one
+python -m benchmarks closed [--quick]     five turns of minutes each, or one
 """
 
 from collections.abc import Iterator

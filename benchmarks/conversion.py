@@ -7,7 +7,6 @@ and proves it tensor by tensor, as for a model larger than memory. The copy is m
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -121,7 +120,7 @@ def main() -> None:
     """Assemble what lies in a folder; prints this process's peak and the size of a layer."""
     folder = Path(sys.argv[1])
     assemble(folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = measure.peak_bytes()
     layer = sum(p.stat().st_size for p in (folder / "layer_0").iterdir())
     print(json.dumps({"bytes": peak, "layer": layer}))
 

@@ -6,7 +6,6 @@ least-squares refit; its reference are the dense matrix products that it cannot 
 hidden activations of the tokens, their Gram matrix, and their products with the outputs.
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -203,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         reader, ffn, plan, cfg = prepared(Path(name), 256, 1024, int(sys.argv[1]), "random")
         train(reader, ffn, plan, cfg, stream=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(measure.peak_bytes())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -94,6 +95,18 @@ def compare(
         spread=(min(ratios), max(ratios)),
         reach=reach,
     )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had.
+
+    Not `ru_maxrss`, which begins with what the parent had when it was forked.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS
 
 
 def machine() -> str:

@@ -14,7 +14,6 @@ one dense forward pass over a batch (F), one step of all layers (T), and capture
 `python -m benchmarks.sweep ours|parallel D_MODEL STEPS` trains once and prints the peak memory.
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -180,7 +179,7 @@ def main() -> None:
             recipe, cfg = sweep.recipe(0), sweep.cfg.capture
             streaming.store(sweep.model, sweep.blocks, recipe, Path(name) / "captured", cfg)
             sweep.trained(0)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(measure.peak_bytes())
 
 
 if __name__ == "__main__":

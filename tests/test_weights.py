@@ -18,6 +18,7 @@ from pipeline import weights
 from pipeline.errors import ConfigError
 from pipeline.layers import save_layer
 
+PROJECT = Path(__file__).parent.parent
 MIXED = {
     "bias": torch.randn(301),
     "odd": torch.randn(33, 5).bfloat16(),
@@ -154,19 +155,19 @@ def test_find_says_why_a_model_has_to_be_read_as_a_whole(tmp_path: Path, change,
 
 
 CONVERSION = """
-import resource, sys
+import sys
 from pathlib import Path
+from benchmarks.measure import peak_bytes
 from transformers import LlamaForCausalLM, MixtralForCausalLM
 from pipeline.checkpoint import Conversion
 from pipeline.layers import layer_folders
 
 folder = Path(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
 conversion = Conversion(str(folder / "dense"), layer_folders(folder), {}, how)
 conversion.write(folder / "sparse", "2GB")
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(grown if sys.platform == "darwin" else 1024 * grown)
+print(peak_bytes() - before)
 """
 
 
@@ -181,7 +182,7 @@ def test_a_conversion_needs_far_less_memory_than_its_model(tmp_path: Path):
         moe = random_layer(dataclasses.replace(OWN_LAYER, **shape), seed=k)
         save_layer(moe, tmp_path / f"layer_{k}", {"layer": k, "host": "mixtral"})
     command = [sys.executable, "-c", CONVERSION, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     grown = int(done.stdout.split()[-1])
     written = (tmp_path / "sparse" / weights.SINGLE).stat().st_size
     assert written > 300e6 and grown < written / 2, grown
