@@ -24,7 +24,7 @@ from pipeline.config import CaptureConfig, Codec
 SEQUENCE = 256
 LAYERS = 4
 GOALS = {Codec.fast: "<= 1.15", Codec.compact: "<= 1.3"}
-SIZES = ((1024, 4096, torch.float32), (1024, 8192, torch.bfloat16), (2048, 4096, torch.bfloat16))
+SIZES = ((1024, 4096, torch.float32), (1024, 8192, torch.bfloat16), (2048, 2048, torch.bfloat16))
 TINY = ((64, 1024, torch.float32),)  # d_model, tokens, dtype of the model
 
 

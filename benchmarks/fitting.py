@@ -28,7 +28,7 @@ from pipeline.training import Objective, begin, fit_layer, step
 
 SEQUENCE = 256
 TRAINED = ((256, 16384), (256, 32768), (512, 16384))  # d_model, tokens
-CLOSED = ((768, 2048, 16384), (1536, 4096, 8192))  # d_model, d_ff, tokens
+CLOSED = ((768, 2048, 8192), (768, 2048, 16384))  # d_model, d_ff, tokens
 STREAMED = (65536, 262144)  # tokens, at d_model 256
 TINY_TRAINED, TINY_CLOSED, TINY_STREAMED = ((32, 4096),), ((32, 64, 1024),), (2048, 4096)
 

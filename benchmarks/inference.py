@@ -15,7 +15,7 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from benchmarks.models import VOCAB, llama, sizes
 
-PROMPT, NEW, LAYERS = 128, 16, 4
+PROMPT, NEW, LAYERS = 128, 8, 4
 SIZES = {1024: (torch.float32, torch.bfloat16), 2048: (torch.bfloat16,)}  # d_model: dtypes
 TINY = {64: (torch.float32, torch.bfloat16)}
 BATCHES = (1, 16)

@@ -37,7 +37,7 @@ from pipeline.store import LayerReader
 from pipeline.training import step
 
 CONFIGURATIONS, EPOCHS, SEQUENCE = 8, 3, 256
-SIZES = ((128, 4), (256, 4))  # d_model, steps of an epoch
+SIZES = ((128, 4), (192, 4))  # d_model, steps of an epoch
 TINY = ((32, 2),)
 ACTIVE = {"25 %": (1, ">= 1.8"), "50 %": (2, ">= 1.4")}  # experts of a quarter run per token, goal
 
