@@ -148,7 +148,8 @@ def _check_kinds(own: "Mapping[str, Override]", multirun: bool) -> None:
             "Several units are a sweep.",
             value=" ".join(swept),
             rule="one unit without -m, several with it",
-            remedy=f"add -m, and hydra/launcher=joblib to run them at once: -m {' '.join(own)}",
+            remedy=f"add -m, and a launcher to run them at once: -m {' '.join(own)} "
+            "hydra/launcher=joblib",
         )
 
 
