@@ -177,6 +177,13 @@ def test_time_is_bounded_here_too(here: Path, capsys: pytest.CaptureFixture[str]
     time.sleep(0.6)  # no alarm is left
 
 
+def test_lost_units_are_awaited_as_configured_where_a_scheduler_may_begin_them_again():
+    for seconds in (7.0, 90.0):
+        cfg = compose.load([f"prefill.lost_wait_s={seconds}"])
+        assert prefill._lost_wait_s("submitit_slurm", cfg) == seconds
+        assert prefill._lost_wait_s("joblib", cfg) == prefill.QUIET_S
+
+
 def damage(path: Path) -> None:
     """Another file in its place: the old one is linked elsewhere."""
     content = path.read_bytes()

@@ -138,7 +138,7 @@ def _launched(asked: list[Unit], hydras: list[str], launcher: str, told: DictCon
                 awaited,
                 launching,
                 timeout_s=cfg.prefill.timeout_s,
-                lost_wait_s=cfg.prefill.lost_wait_s if launcher == launch.SLURM else QUIET_S,
+                lost_wait_s=_lost_wait_s(launcher, cfg),
             )
         except KeyboardInterrupt as stopped:
             sys.argv = typed  # Hydra read another one
@@ -149,6 +149,11 @@ def _launched(asked: list[Unit], hydras: list[str], launcher: str, told: DictCon
         outcome.conclude([*done, *ended], timed_out, launcher, launching.error)
 
     _leaving(act, launching.is_alive)
+
+
+def _lost_wait_s(launcher: str, cfg: Config) -> float:
+    """How long a lost unit may still be begun again: only Slurm does that."""
+    return cfg.prefill.lost_wait_s if launcher == launch.SLURM else QUIET_S
 
 
 def _leaving(act: Callable[[], None], hangs: Callable[[], bool]) -> None:
