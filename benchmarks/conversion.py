@@ -97,14 +97,15 @@ def assemble(folder: Path) -> None:
     shutil.rmtree(folder / "sparse", ignore_errors=True)
     found = {int(p.name.removeprefix("layer_")): p for p in folder.glob("layer_*")}
     how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
-    conversion = checkpoint.Conversion(str(folder / "dense"), found, {}, how)
-    written = conversion.write(folder / "sparse", "200MB")
 
     def in_memory() -> PreTrainedModel:
         raise AssertionError("free=0 rules it out")
 
-    vocab_size = conversion.described["vocab_size"]
-    proof.prove(folder / "sparse", written, in_memory, vocab_size, 0.0, free=0)
+    with proof.FreshProcess() as fresh:
+        conversion = checkpoint.Conversion(str(folder / "dense"), found, {}, how)
+        written = conversion.write(folder / "sparse", "200MB")
+        vocab_size = conversion.described["vocab_size"]
+        proof.prove(fresh, folder / "sparse", written, in_memory, vocab_size, 0.0, free=0)
 
 
 def copy(source: Path, target: Path) -> None:

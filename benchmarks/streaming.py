@@ -22,9 +22,10 @@ from pipeline.capture import capture_activations
 from pipeline.config import CaptureConfig, MoEConfig, TrainConfig
 from pipeline.discovery import find_ffns
 from pipeline.ffn import DenseFFN
+from pipeline.fit_state import Fit
 from pipeline.moe import SparseMoE
 from pipeline.store import LayerReader, Rows
-from pipeline.training import Fit, Objective, begin, step
+from pipeline.training import Objective, begin, step
 
 
 @dataclass(frozen=True)

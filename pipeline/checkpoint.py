@@ -93,14 +93,15 @@ def assemble(
         ArtifactError: a layer is damaged, or the reloaded checkpoint computes something else.
     """
     how = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    conversion = Conversion(source, folders, norms or {}, how)
-    written = conversion.write(folder, max_shard_size)
+    with proof.FreshProcess() as fresh:
+        conversion = Conversion(source, folders, norms or {}, how)
+        written = conversion.write(folder, max_shard_size)
 
-    def in_memory() -> PreTrainedModel:
-        return conversion.put_into(dense.load_model(source, **how))
+        def in_memory() -> PreTrainedModel:
+            return conversion.put_into(dense.load_model(source, **how))
 
-    vocab_size = conversion.described["vocab_size"]
-    proof.prove(folder, written, in_memory, vocab_size, tolerance)
+        vocab_size = conversion.described["vocab_size"]
+        proof.prove(fresh, folder, written, in_memory, vocab_size, tolerance)
 
 
 class Conversion:

@@ -25,7 +25,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from pipeline import modeling, preflight, record, workdir
+from pipeline import modeling, preflight, record, runtime, workdir
+from pipeline.config import ModelConfig
 from pipeline.discovery import find_ffns, text_config
 from pipeline.errors import ConfigError, InputError, PipelineError
 
@@ -82,6 +83,24 @@ def load_model(
             remedy="fetch the model again: what is missing would be filled with random numbers",
         )
     return model.eval() if device_map else model.eval().to(device)  # pyright: ignore
+
+
+def load_recorded(
+    cfg: ModelConfig, folder: Path, device: torch.device, *, in_float32: bool = False
+) -> PreTrainedModel:
+    """The dense model that an artefact records; raises as `load_model` and `record.source`.
+
+    Args:
+        in_float32: whatever `model.dtype` says, and on one device, to be differentiated.
+    """
+    source, revision = record.source(cfg, folder)
+    how: dict[str, Any] = {"dtype": "float32"}
+    if not in_float32:
+        how = {"dtype": cfg.dtype.name, "device_map": cfg.device_map}
+    trusted = cfg.trust_remote_code
+    model = load_model(source, revision=revision, device=device, trust_remote_code=trusted, **how)
+    runtime.warn_of_emulation(model.dtype, model.device)
+    return model
 
 
 def load_tokenizer(

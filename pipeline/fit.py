@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, each times the mean diagonal of the Gram matrix."""
+MIXTURES = 64  # of the channels, by which ridges are compared
 BLOCK_FEATURES = 8192  # features that are solved for at once: 0.5 GB per Gram matrix
 CHUNK = 4096  # rows whose features are held at a time
 ROUNDS = 20  # over the blocks, at most
@@ -65,6 +66,12 @@ class Normal:
         part.cross_ND, part.power = self.cross_ND[chosen_M], self.power
         return part
 
+    def mixed(self, mixture_DR: Tensor) -> "Normal":
+        """The same for mixtures of the targets; `error` lacks their power, one constant."""
+        mixed = Normal(0, 0)
+        mixed.gram_NN, mixed.cross_ND = self.gram_NN, self.cross_ND @ mixture_DR
+        return mixed
+
     def error(self, weight_ND: Tensor) -> float:
         """Sum over rows and channels of (target - features @ weight)^2."""
         fitted_ND = self.gram_NN @ weight_ND
@@ -87,19 +94,34 @@ def best_ridge(
     """The weights of the ridge with the least validation error, and that ridge.
 
     Null stands for no change: the prior is better than all of them. From the weakest ridge on the
-    error falls and then rises: the first that is worse than the one before is the last tried.
+    error falls and then rises: the first that is worse than the one before is the last tried. The
+    candidates are compared on `MIXTURES` random mixtures of the channels, whose squared error is in
+    the mean that of all; only the chosen ridge is solved for every channel.
     """
-    best, chosen, least = prior_ND, None, validation.error(prior_ND)
-    before = math.inf
+    mixture_DR = _mixtures(prior_ND)
+    few, judge, prior_NR = (
+        train.mixed(mixture_DR),
+        validation.mixed(mixture_DR),
+        prior_ND @ mixture_DR,
+    )
+    chosen, least, before = None, judge.error(prior_NR), math.inf
     for ridge in sorted(ridges):
-        weight_ND = train.solve(ridge, prior_ND)
-        error = validation.error(weight_ND)
+        error = judge.error(few.solve(ridge, prior_NR))
         if error < least:
-            best, chosen, least = weight_ND, ridge, error
+            chosen, least = ridge, error
         if error > before:
             break
         before = error
-    return best, chosen
+    return prior_ND if chosen is None else train.solve(chosen, prior_ND), chosen
+
+
+def _mixtures(like_ND: Tensor) -> Tensor:
+    """(D, R): random directions, the same for every call; the channels where they are no more."""
+    D = like_ND.shape[1]
+    if D <= MIXTURES:
+        return torch.eye(D).to(like_ND)
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(D, MIXTURES, generator=generator) / MIXTURES**0.5).to(like_ND)
 
 
 @torch.no_grad()

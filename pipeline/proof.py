@@ -3,7 +3,8 @@
 A fresh process that knows nothing of this package opens the folder; no tensor may be missing, left
 over or of another shape, and its logits and greedy continuation must be those of the sparse layers
 in the dense model's place, in memory. Both compute in float32, on equal weights as stored, and one
-after the other, so that one model is in memory at a time.
+after the other, so that one model is in memory at a time. The process is started before the
+checkpoint is written: importing transformers takes seconds.
 
 Where even one does not fit, the logits are left out: every tensor on disk is held against the
 checksum that was taken when it was written, and the fresh process opens the checkpoint without its
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -35,7 +37,55 @@ NEEDED = 1.5
 """Memory for a model that computes in float32, over the bytes of its weights in float32."""
 
 
+class FreshProcess:
+    """Opens one checkpoint, knowing nothing of this package; it waits until it is told which."""
+
+    def __enter__(self) -> Self:
+        self.scratch = TemporaryDirectory()
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", reload.__file__],
+            env=os.environ | {"HF_MODULES_CACHE": self.scratch.name},  # for modelling files' copies
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        with self.process as process:
+            process.kill()
+        self.scratch.cleanup()
+
+    def compute(self, folder: Path, vocab_size: int) -> dict[str, Tensor]:
+        """`logits` and `generated` of a checkpoint.
+
+        Raises:
+            ArtifactError: it cannot be opened, or a tensor is missing or left over.
+        """
+        out = Path(self.scratch.name) / "computed.safetensors"
+        ids = probe(vocab_size).tolist()
+        self._ask(folder, ids=ids, new_tokens=NEW_TOKENS, output=str(out))
+        return load_file(out)
+
+    def open(self, folder: Path) -> None:
+        """Open a checkpoint without its weights; raises as `compute`."""
+        self._ask(folder)
+
+    def _ask(self, folder: Path, **computing: Any) -> None:
+        job = json.dumps({"checkpoint": str(folder.absolute()), **computing})
+        _, told = self.process.communicate(job)
+        if self.process.returncode:
+            raise ArtifactError(
+                "The checkpoint does not open in a fresh process.",
+                value=(told.strip().splitlines() or ["no message"])[-1],
+                rule="transformers opens it with every tensor found and none left over",
+                remedy="this is a defect of ours: please report it with the model's name",
+            )
+
+
 def prove(
+    fresh: FreshProcess,
     folder: Path,
     written: Mapping[str, int],
     in_memory: Callable[[], PreTrainedModel],
@@ -58,11 +108,11 @@ def prove(
         print("proof: the logits of a fresh process against those in memory", flush=True)
         expected = reload.compute(in_memory().float(), probe(vocab_size), NEW_TOKENS)
         gc.collect()
-        compare(expected, reload_elsewhere(folder, vocab_size), tolerance, folder)
+        compare(expected, fresh.compute(folder, vocab_size), tolerance, folder)
     else:
         print(f"proof: every tensor as it was written, and no logits ({sizes})", flush=True)
         with ThreadPoolExecutor(1) as thread:
-            opened = thread.submit(open_elsewhere, folder)
+            opened = thread.submit(fresh.open, folder)
             compare_tensors(files, written)
             opened.result()
 
@@ -81,42 +131,6 @@ def probe(vocab_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     size = (PROBE_SEQUENCES, PROBE_TOKENS)
     return torch.randint(vocab_size, size, generator=generator)
-
-
-def reload_elsewhere(folder: Path, vocab_size: int) -> dict[str, Tensor]:
-    """`logits` and `generated` of a checkpoint in a fresh process without this package.
-
-    Raises:
-        ArtifactError: it cannot be opened, or a tensor is missing or left over.
-    """
-    with TemporaryDirectory() as scratch:
-        out = Path(scratch) / "computed.safetensors"
-        ids = json.dumps(probe(vocab_size).tolist())
-        _elsewhere(folder, scratch, ids, str(NEW_TOKENS), str(out))
-        return load_file(out)
-
-
-def open_elsewhere(folder: Path) -> None:
-    """Open a checkpoint in a fresh process without its weights; raises as `reload_elsewhere`."""
-    with TemporaryDirectory() as scratch:
-        _elsewhere(folder, scratch)
-
-
-def _elsewhere(folder: Path, scratch: str, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-I", reload.__file__, str(folder.absolute()), *arguments],
-        env=os.environ | {"HF_MODULES_CACHE": scratch},  # where modelling files are copied to
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ArtifactError(
-            "The checkpoint does not open in a fresh process.",
-            value=(done.stderr.strip().splitlines() or ["no message"])[-1],
-            rule="transformers opens it with every tensor found and none left over",
-            remedy="this is a defect of ours: please report it with the model's name",
-        )
 
 
 def compare(

@@ -1,7 +1,9 @@
 """What a checkpoint computes, run as a script of its own: it imports nothing of this package.
 
-python -I reload.py <checkpoint> <token ids as JSON> <new tokens> <output.safetensors>
-python -I reload.py <checkpoint>    opens it without its weights
+It imports transformers, and then waits for its job, one JSON object on standard input:
+
+{"checkpoint": ..., "ids": [[...]], "new_tokens": ..., "output": ...}    computes, to safetensors
+{"checkpoint": ...}    opens it without its weights
 """
 
 import json
@@ -49,14 +51,17 @@ def opened(checkpoint: str, **how: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def main(checkpoint: str, *computing: str) -> None:
-    if not computing:
-        opened(checkpoint, device_map="meta")
+def main() -> None:
+    asked = sys.stdin.read()
+    if not asked:  # whoever started it is gone
         return
-    ids, new_tokens, output = computing
-    model = opened(checkpoint, dtype=torch.float32)
-    save_file(compute(model, torch.tensor(json.loads(ids)), int(new_tokens)), output)
+    job = json.loads(asked)
+    if "ids" not in job:
+        opened(job["checkpoint"], device_map="meta")
+        return
+    model = opened(job["checkpoint"], dtype=torch.float32)
+    save_file(compute(model, torch.tensor(job["ids"]), job["new_tokens"]), job["output"])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -15,9 +15,8 @@ held still, and its two terms are 0.
 
 import copy
 import math
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,56 +28,22 @@ from pipeline import footprint, preflight, resident, resume
 from pipeline.config import DynamicConfig, MoEConfig, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
+from pipeline.fit_state import Fit, StoppedError, check_finite, copied
 from pipeline.kernels import pick_kernel
-from pipeline.layers import save_layer, write_history
 from pipeline.loggers import Log, no_log
 from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.progress import Progress, silent
 from pipeline.reallocation import ExpertLosses, plan_widths, resize_experts
 from pipeline.router import load_balance_loss, router_z_loss, routing_statistics
-from pipeline.runtime import tell, warn
-from pipeline.shape import MoEShape
+from pipeline.runtime import tell
 from pipeline.start import start_layer
 from pipeline.synthetic import SyntheticRows
 
 if TYPE_CHECKING:
     from pipeline.store import LayerReader, Rows
 
-LAST_GOOD = "last_good"
-"""In the work folder of a layer whose training stopped: its best state, as a layer."""
-
 ROUTING = ("dead_experts", "load_max_over_mean", "load_entropy", "unserved_tokens")
 """What of the routing of the validation rows goes to the history."""
-
-
-class StoppedError(Exception):
-    """Training cannot go on; says how, with what value, under which rule, and the remedy."""
-
-    def __init__(self, how: str, value: str, rule: str, remedy: str) -> None:
-        super().__init__(how)
-        self.how, self.value, self.rule, self.remedy = how, value, rule, remedy
-
-
-@dataclass
-class Fit:
-    """Everything that a checkpoint restores, and what a step needs beside."""
-
-    layer: int
-    moe: SparseMoE
-    optimizer: torch.optim.AdamW
-    losses: ExpertLosses
-    dynamic: DynamicConfig
-    seed: int
-    total: int  # steps
-    router_held: bool
-    best: dict[str, Tensor]
-    best_shape: MoEShape
-    step: int = 0
-    best_step: int = 0
-    best_loss: float = math.inf
-    history: list[dict[str, float]] = field(default_factory=list)
-    sizes: list[dict[str, Any]] = field(default_factory=list)  # of dynamic experts
-    warnings: dict[str, str] = field(default_factory=dict)  # kind -> the first of its kind
 
 
 def fit_layer(
@@ -140,24 +105,25 @@ def fit_layer(
     preflight.check_checkpoints(f"layer {fit.layer}", folder, learning, lever)
     try:
         if (folder / resume.CHECKPOINT).is_file():
-            _restore(fit, folder / resume.CHECKPOINT)
+            fit.restore(folder / resume.CHECKPOINT)
         else:
-            _validate(fit, objective)
+            fit.judge(objective.validate(fit.moe))
         batches = _batches(fit, objective, rows, moe_cfg.dynamic)
         for ffn_input, ffn_output in _remaining(batches, cfg, seed, fit.step, steps_per_epoch):
-            if _is_stalled(fit, cfg.patience):
+            if fit.is_stalled(cfg.patience):
                 break
             terms = step(fit, objective, ffn_input.to(device), ffn_output.to(device))
             if fit.step % cfg.evaluate_every == 0 or fit.step == fit.total:
-                _validate(fit, objective, terms)
+                row = {name: float(term) for name, term in terms.items()}
+                fit.judge(row | objective.validate(fit.moe))
                 log({**fit.history[-1], "learning_rate": fit.optimizer.param_groups[-1]["lr"]})
             if fit.step % cfg.checkpoint_every == 0:
-                _check_finite(fit.step, terms)
-                _save(fit, folder / resume.CHECKPOINT)
-            progress(fit.step, fit.total, _note(fit))
+                check_finite(fit.step, terms)
+                fit.save(folder / resume.CHECKPOINT)
+            progress(fit.step, fit.total, fit.note())
     except StoppedError as stopped:
-        raise _keep_last_good(fit, plan, folder, stopped) from None
-    return _finish(fit, plan, folder)
+        raise fit.keep_last_good(plan, folder, stopped) from None
+    return fit.finish(plan, folder)
 
 
 def _check_widths(reader: "LayerReader", ffn: DenseFFN, plan: Mapping[str, Any]) -> None:
@@ -238,7 +204,7 @@ def begin(
         dynamic=moe_cfg.dynamic,
         seed=seed,
         total=total,
-        best=_copy(moe),
+        best=copied(moe),
         best_shape=moe.shape,
     )
     if fit.dynamic.enabled:
@@ -401,136 +367,3 @@ def _reallocate(fit: Fit) -> None:
     resize_experts(fit.moe, fit.optimizer, widths, fit.dynamic.growth, generator)
     fit.losses.reset()
     fit.sizes.append({"step": fit.step, "widths": list(widths)})
-
-
-def _validate(fit: Fit, objective: Objective, terms: Mapping[str, Tensor] | None = None) -> None:
-    row = {name: float(term) for name, term in (terms or {}).items()}
-    row |= objective.validate(fit.moe)
-    _check_finite(fit.step, row)
-    _check_collapse(fit, row)
-    _warn(fit, row)
-    fit.history.append({"step": fit.step, **row})
-    if row["validation_loss"] < fit.best_loss:
-        fit.best_loss, fit.best_step, fit.best = row["validation_loss"], fit.step, _copy(fit.moe)
-        fit.best_shape = fit.moe.shape
-
-
-def _is_stalled(fit: Fit, patience: int) -> bool:
-    """Whether as many validations have passed since the best one."""
-    return 0 < patience <= sum(row["step"] > fit.best_step for row in fit.history)
-
-
-def _warn(fit: Fit, row: Mapping[str, float]) -> None:
-    """Say once of each kind what is wrong with the routing of the validation rows."""
-    shape, found = fit.moe.shape, {}
-    if row["dead_experts"]:
-        found["dead"] = f"{row['dead_experts']:.0f} of {shape.n_experts} experts get no token"
-    bound = shape.n_experts / shape.experts_per_token
-    if row["load_max_over_mean"] > (1 + bound) / 2 and bound > 1:
-        remedy = "use other moe.n_experts" if fit.router_held else "raise train.load_balance_coef"
-        found["collapse"] = (
-            f"the routing collapses: one expert has {row['load_max_over_mean']:.1f} times an even "
-            f"share, of at most {bound:.1f}; {remedy}"
-        )
-    if row["unserved_tokens"]:
-        found["unserved"] = (
-            f"{row['unserved_tokens']:.1%} of the tokens are taken by no expert and get zero; "
-            "moe.routing=token_choice is recommended"
-        )
-    for kind, text in found.items():
-        if kind not in fit.warnings:
-            fit.warnings[kind] = f"step {fit.step}: {text}"
-            warn(f"layer {fit.layer}, {fit.warnings[kind]}")
-
-
-def _check_finite(step: int, row: Mapping[str, Tensor | float]) -> None:
-    bad = [f"{name}={float(x)}" for name, x in row.items() if not math.isfinite(x)]
-    if bad:
-        raise StoppedError(
-            f"diverged at step {step}",
-            ", ".join(bad),
-            "every loss is finite",
-            "lower train.learning_rate, or capture in bfloat16",
-        )
-
-
-def _check_collapse(fit: Fit, row: Mapping[str, float]) -> None:
-    """Whether all tokens take the same experts, and took others before."""
-    idle = fit.moe.shape.n_experts - fit.moe.shape.top_k
-    collapsed = 0 < idle == row["dead_experts"] and fit.moe.shape.routing == "token_choice"
-    if collapsed and any(before["dead_experts"] < idle for before in fit.history):
-        raise StoppedError(
-            f"collapsed at step {fit.step}",
-            f"{idle} of {fit.moe.shape.n_experts} experts get no token of validation",
-            f"tokens take more than the same top_k={fit.moe.shape.top_k} experts",
-            "raise train.load_balance_coef, or lower train.router_learning_rate",
-        )
-
-
-def _keep_last_good(
-    fit: Fit, plan: Mapping[str, Any], folder: Path, stopped: StoppedError
-) -> ArtifactError:
-    """Write the best state until now beside the checkpoint; returns what is to be raised."""
-    kept = "no state before it was good"
-    if fit.history:
-        good = folder / LAST_GOOD
-        good.mkdir(exist_ok=True)
-        _write(fit, plan, good)
-        kept = f"the last good state, of step {fit.best_step}, is kept in {good.absolute()}"
-    return ArtifactError(
-        f"Training of layer {fit.layer} {stopped.how}.",
-        value=f"{stopped.value}; {kept}",
-        rule=stopped.rule,
-        remedy=f"{stopped.remedy}; other layers are unharmed",
-    )
-
-
-def _note(fit: Fit) -> str:
-    last = fit.history[-1]
-    told = [f"loss {last['loss']:.4f}"] if "loss" in last else []
-    told.append(f"validation cosine {last['validation_cosine_sim']:.4f}")
-    return ", ".join([*told, f"{last['dead_experts']:.0f} dead experts"])
-
-
-def _copy(moe: SparseMoE) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().clone() for name, t in moe.state_dict().items()}
-
-
-KEPT = ("step", "best_step", "best_loss", "history", "sizes", "warnings")
-
-
-def _save(fit: Fit, path: Path) -> None:
-    kept = {name: getattr(fit, name) for name in KEPT}
-    kept["shapes"] = [asdict(fit.moe.shape), asdict(fit.best_shape)]
-    losses = {"sum": fit.losses.sum_E, "count": fit.losses.count_E}
-    states = {"model": fit.moe.state_dict(), "best": fit.best, "losses": losses}
-    resume.save(path, states, fit.optimizer, kept)
-
-
-def _restore(fit: Fit, path: Path) -> None:
-    states, kept = resume.restore(path, fit.optimizer)
-    for name in KEPT:
-        setattr(fit, name, kept[name])
-    shape, fit.best_shape = (MoEShape(**shape) for shape in kept["shapes"])
-    fit.moe.adopt(shape, states["model"])
-    fit.best = states["best"]
-    fit.losses.sum_E.copy_(states["losses"]["sum"])
-    fit.losses.count_E.copy_(states["losses"]["count"])
-
-
-def _finish(fit: Fit, plan: Mapping[str, Any], folder: Path) -> SparseMoE:
-    shutil.rmtree(folder / LAST_GOOD, ignore_errors=True)  # of a call that ended otherwise
-    _write(fit, plan, folder)
-    (folder / resume.CHECKPOINT).unlink(missing_ok=True)
-    return fit.moe.eval()
-
-
-def _write(fit: Fit, plan: Mapping[str, Any], folder: Path) -> None:
-    fit.moe.adopt(fit.best_shape, fit.best)
-    write_history(folder, fit.history)
-    best = next(row for row in fit.history if row["step"] == fit.best_step)
-    trained = {"steps": fit.step, "best_step": fit.best_step, "validation": best}
-    trained["warnings"] = list(fit.warnings.values())
-    if fit.sizes:
-        trained["sizes"] = fit.sizes
-    save_layer(fit.moe, folder, {**plan, "training": trained})

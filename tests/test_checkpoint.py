@@ -537,13 +537,14 @@ def test_assemble_keeps_the_router_of_a_bfloat16_model_as_it_was_trained(name: s
 
 
 @pytest.mark.slow
-def test_reload_elsewhere_writes_nothing_into_the_cache_of_transformers(
+def test_a_fresh_process_writes_nothing_into_the_cache_of_transformers(
     own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its copy of the modelling file is its own: the home may be read-only, or another's too."""
     (tmp_path / "home").write_text("no folder can be made below a file")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    computed = proof.reload_elsewhere(own("mlp-router").sparse, 64)
+    with proof.FreshProcess() as fresh:
+        computed = fresh.compute(own("mlp-router").sparse, 64)
     assert computed["logits"].isfinite().all()
 
 

@@ -96,7 +96,7 @@ def add_a_bias(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "how", "named"),
     [
-        (remove_a_norm, "reload", r"missing_keys': \['model.norm.weight'"),
+        (remove_a_norm, "compute", r"missing_keys': \['model.norm.weight'"),
         (remove_an_expert, "open", "mismatched_keys': .*model.layers.1.mlp.experts.gate_up_proj"),
         (add_a_bias, "open", r"unexpected_keys': \['model.layers.0.self_attn.q_proj.bias'"),
     ],
@@ -109,8 +109,22 @@ def test_a_fresh_process_refuses_a_checkpoint_with_a_tensor_too_few_or_too_many(
     tensors = load_file(folder / weights.SINGLE)
     change(tensors)
     save_file(tensors, folder / weights.SINGLE, metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match=named):
-        proof.reload_elsewhere(folder, 64) if how == "reload" else proof.open_elsewhere(folder)
+    with proof.FreshProcess() as fresh, pytest.raises(ArtifactError, match=named):
+        fresh.compute(folder, 64) if how == "compute" else fresh.open(folder)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_that_is_asked_nothing_ends_with_its_context():
+    with proof.FreshProcess() as fresh:
+        assert fresh.process.poll() is None
+    assert fresh.process.returncode is not None and not Path(fresh.scratch.name).exists()
+
+
+@pytest.mark.slow
+def test_a_fresh_process_whose_parent_is_gone_ends_by_itself():
+    with proof.FreshProcess() as fresh:
+        assert fresh.process.communicate("", timeout=300) == (None, "")
+        assert fresh.process.returncode == 0
 
 
 # How it is proved, and by what
@@ -125,13 +139,15 @@ def test_prove_compares_logits_where_the_model_fits(
     conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
 ):
     model = conversion.put_into(tf.AutoModelForCausalLM.from_pretrained(conversion.source))
-    proof.prove(written, {}, lambda: model.eval(), 64, 1e-4, free=10**9)
+    with proof.FreshProcess() as fresh:
+        proof.prove(fresh, written, {}, lambda: model.eval(), 64, 1e-4, free=10**9)
     told = capsys.readouterr().out
     assert "the logits of a fresh process" in told and "largest logit difference" in told
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] += 0.1
-    with pytest.raises(ArtifactError, match="does not compute what the model in memory does"):
-        proof.prove(written, {}, lambda: model, 64, 1e-4, free=10**9)
+    other = pytest.raises(ArtifactError, match="does not compute what the model in memory does")
+    with proof.FreshProcess() as fresh, other:
+        proof.prove(fresh, written, {}, lambda: model, 64, 1e-4, free=10**9)
 
 
 @pytest.mark.slow
@@ -139,10 +155,12 @@ def test_prove_builds_no_model_where_none_fits_and_says_so(
     conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
 ):
     needed = 1.5 * 4 * sum(t.numel() for t in conversion.planned().values())
-    proof.prove(written, checksums(written), not_called, 64, 1e-4, free=round(needed) - 1)
+    with proof.FreshProcess() as fresh:
+        free = round(needed) - 1
+        proof.prove(fresh, written, checksums(written), not_called, 64, 1e-4, free=free)
     assert "every tensor as it was written, and no logits" in capsys.readouterr().out
-    with pytest.raises(AssertionError, match="was built"):
-        proof.prove(written, {}, not_called, 64, 1e-4, free=round(needed) + 1)
+    with proof.FreshProcess() as fresh, pytest.raises(AssertionError, match="was built"):
+        proof.prove(fresh, written, {}, not_called, 64, 1e-4, free=round(needed) + 1)
 
 
 def checksums(folder: Path) -> dict[str, int]:

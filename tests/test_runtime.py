@@ -98,3 +98,19 @@ def test_auto_takes_bfloat16_only_where_the_cpu_has_units_for_it(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_configured_dtype_is_taken(dtype: str):
     assert runtime.pick_dtype(Dtype[dtype], torch.device("cpu")) is getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bfloat16_model_on_a_cpu_that_emulates_it_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: bool,
+    dtype: torch.dtype,
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: flag)
+    runtime.warn_of_emulation(dtype, torch.device("cpu"))
+    told = capsys.readouterr().err
+    assert ("model.dtype=float32" in told) == (not flag and dtype is torch.bfloat16)
+    runtime.warn_of_emulation(dtype, torch.device("meta"))  # another device's own matter
+    assert not capsys.readouterr().err

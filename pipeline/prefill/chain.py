@@ -38,22 +38,14 @@ def _capture_behind(
     cfg: Config, earlier: Mapping[int, Path], window: list[int], layer: int, static: bool
 ) -> tuple[Path, dict[str, str]]:
     """The store of `layer` behind the earlier layers, or behind their static controls."""
-    from pipeline import capture, corpus, dense, record, windows
+    from pipeline import capture, corpus, dense, windows
     from pipeline.controls import STATIC
     from pipeline.layers import load_layer
     from pipeline.record import WEIGHTS
 
     folders = {k: path / STATIC if static else path for k, path in earlier.items()}
     digests = {str(k): workdir.file_digest(path / WEIGHTS) for k, path in folders.items()}
-    source, revision = record.source(cfg.model, DENSE)
-    model = dense.load_model(
-        source,
-        revision=revision,
-        dtype=cfg.model.dtype.name,
-        device=runtime.pick_device(cfg.runtime),
-        device_map=cfg.model.device_map,
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+    model = dense.load_recorded(cfg.model, DENSE, runtime.pick_device(cfg.runtime))
     # A name for what the rows depend on: a rerun goes on from its shards.
     name = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
     folder = _windows() / f"layer_{window[0]}-{name}"

@@ -77,16 +77,10 @@ def _judged_on(layers: list[int]) -> dict[str, str]:
 
 
 def _measure(cfg: Config, options: "Options", known: Path) -> dict[int, dict[str, float]]:
-    from pipeline import corpus, dense, record, sensitivity
+    from pipeline import corpus, dense, sensitivity
 
-    source, revision = record.source(cfg.model, DENSE)
-    model = dense.load_model(
-        source,
-        revision=revision,
-        dtype="float32",
-        device=runtime.pick_device(cfg.runtime),
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+    device = runtime.pick_device(cfg.runtime)
+    model = dense.load_recorded(cfg.model, DENSE, device, in_float32=True)
     blocks = corpus.read_blocks(TOKENS, "validation")
     plans: dict[int, dict[str, Any]] = {
         k: {name: candidate.plan for name, candidate in of.items()} for k, of in options.items()

@@ -90,17 +90,9 @@ def run(cfg: Config, part: Part | None = None, published: bool = True) -> Path:
 
 
 def _capture(cfg: Config, folder: Path, inputs: dict[str, str], part: Part | None) -> None:
-    from pipeline import capture, corpus, dense, record
+    from pipeline import capture, corpus, dense
 
-    source, revision = record.source(cfg.model, DENSE)
-    model = dense.load_model(
-        source,
-        revision=revision,
-        dtype=cfg.model.dtype.name,
-        device=runtime.pick_device(cfg.runtime),
-        device_map=cfg.model.device_map,
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+    model = dense.load_recorded(cfg.model, DENSE, runtime.pick_device(cfg.runtime))
     rows = int(model.get_input_embeddings().num_embeddings)  # pyright: ignore
     for split in SPLITS:  # `shifted` too: `evaluate` would find out only after the training
         corpus.check_token_ids(corpus.read_blocks(TOKENS, split), rows)

@@ -69,19 +69,16 @@ def run(cfg: Config) -> None:
         from pipeline import card, corpus, dense, evaluation, report, speed
 
         device = runtime.pick_device(cfg.runtime)
-        models = {}
-        for side, path, commit in (
-            ("dense", *record.source(cfg.model, DENSE)),
-            ("sparse", str(CONVERT), None),
-        ):
-            models[side] = dense.load_model(
-                path,
-                revision=commit,
+        models = {
+            "dense": dense.load_recorded(cfg.model, DENSE, device),
+            "sparse": dense.load_model(
+                str(CONVERT),
                 dtype=cfg.model.dtype.name,
                 device=device,
                 device_map=cfg.model.device_map,
                 trust_remote_code=cfg.model.trust_remote_code,
-            )
+            ),
+        }
         with progress.shown("evaluate", "tokens") as shown:
             measured = evaluation.measure(
                 **models,

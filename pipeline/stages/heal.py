@@ -77,15 +77,8 @@ def _heal_all(cfg: Config, trained: Mapping[int, Path], folder: Path) -> None:
 def _heal(cfg: Config, title: str, trained: Mapping[int, Path], folder: Path) -> None:
     from pipeline import corpus, dense, heal
 
-    source, revision = record.source(cfg.model, DENSE)
     device = runtime.pick_device(cfg.runtime)
-    model = dense.load_model(
-        source,
-        revision=revision,
-        dtype="float32",
-        device=device,
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+    model = dense.load_recorded(cfg.model, DENSE, device, in_float32=True)
     blocks = {split: corpus.read_blocks(TOKENS, split) for split in ("train", "validation")}
     with (
         progress.shown(title, tokens=cfg.heal.batch_size * blocks["train"].shape[1]) as report,

@@ -22,12 +22,13 @@ from pipeline.config import Codec
 from pipeline.embeddings import compare_embeddings
 from pipeline.errors import ArtifactError
 from pipeline.evaluation import layer_metrics
+from pipeline.fit_state import LAST_GOOD
 from pipeline.layers import load_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 from pipeline.start import start_layer
 from pipeline.store import LayerReader, LayerWriter
-from pipeline.training import LAST_GOOD, fit_layer
+from pipeline.training import fit_layer
 
 # The dense model
 
