@@ -42,7 +42,9 @@ def main() -> None:
     runtime.configure(RuntimeConfig(threads=args.threads))
     began, found = time.monotonic(), []
     for name in args.names or NAMES:
+        first = time.monotonic()
         found += run(name, args.quick, args.threads)
+        print(f"{name}: {time.monotonic() - first:.0f} s", file=sys.stderr, flush=True)
     show(found, title=machine())
     print(f"Median (least-most) of the ratios; took {time.monotonic() - began:.0f} s.")
     output = args.output or (None if args.names or args.quick else OUTPUT)

@@ -26,7 +26,7 @@ from pipeline.layers import save_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
-SIZES = ((1024, 12), (2048, 12))  # d_model, layers
+SIZES = ((2048, 12), (2048, 24))  # d_model, layers
 TINY = ((64, 2),)
 
 
@@ -42,7 +42,11 @@ def _rows(folder: Path, d_model: int, n_layers: int) -> Iterator[Row]:
     made = sum(p.stat().st_size for p in (folder / "sparse").glob("*.safetensors")) / 1e9
     size = f"{n_layers} layers, d {d_model}, {made:.2g} GB"
     seconds = measure.turns(
-        {"ours": lambda: assemble(folder), "copy": lambda: copy(folder / "sparse", folder / "copy")}
+        {
+            "ours": lambda: assemble(folder),
+            "copy": lambda: copy(folder / "sparse", folder / "copy"),
+        },
+        warm_ups=0,
     )
     yield measure.compare(
         "conversion, assembled and proved / a durable copy of its bytes",

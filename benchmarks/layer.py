@@ -45,12 +45,12 @@ GOALS = {"float32": ">= 0.65", "bfloat16": ">= 0.55"}
 
 def rows(quick: bool) -> Iterator[Row]:
     for size in TINY if quick else SIZES:
-        for dtype in GOALS:
+        for dtype in measure.precisions():
             yield from _rows(size, dtype)
 
 
-def _rows(size: Size, dtype_name: str) -> Iterator[Row]:
-    dtype = getattr(torch, dtype_name)
+def _rows(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    dtype_name = str(dtype).removeprefix("torch.")
     steps = {
         "ours": _stepper(_ours(size, dtype), size, dtype),
         "dense": _stepper(_dense(size, dtype), size, dtype),

@@ -20,13 +20,16 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import runtime
 from pipeline.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    import torch
 
 repeats = 5
 """Of every way; one where it is only asked whether a benchmark runs."""
@@ -95,6 +98,13 @@ def compare(
         spread=(min(ratios), max(ratios)),
         reach=reach,
     )
+
+
+def precisions() -> "list[torch.dtype]":
+    """float32, and bfloat16 where torch does not emulate its products, hundreds of times slower."""
+    import torch
+
+    return [torch.float32] if runtime.emulates_bf16() else [torch.float32, torch.bfloat16]
 
 
 def peak_bytes() -> int:

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 VOCAB = 4096
 
 
-def sizes(d_model: int, n_layers: int) -> dict[str, int]:
+def described(d_model: int, n_layers: int) -> dict[str, int]:
     """What the configurations of a Llama and of a Mixtral have in common."""
     return {
         "vocab_size": VOCAB,
@@ -20,5 +20,5 @@ def sizes(d_model: int, n_layers: int) -> dict[str, int]:
 def llama(d_model: int, n_layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """With FFNs four times as wide as the model."""
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes(d_model, n_layers), intermediate_size=4 * d_model)
+    config = LlamaConfig(**described(d_model, n_layers), intermediate_size=4 * d_model)
     return LlamaForCausalLM(config).to(dtype).eval()
