@@ -108,9 +108,11 @@ def _root(covariance_DD: Tensor) -> Tensor:
     """(D, D): the symmetric root, which times itself is the covariance.
 
     By eigenvalues and not by Cholesky, which fails where fewer rows than channels or a dead
-    channel leave the covariance singular; rounding may make those eigenvalues negative, and they
-    are taken as zero. Of all the roots the symmetric one is unique, whatever eigenvectors LAPACK
+    channel leave the covariance singular; what rounding makes of those eigenvalues, of either sign,
+    is taken as zero. Of all the roots the symmetric one is unique, whatever eigenvectors LAPACK
     chooses.
     """
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
-    return (vectors_DD * values_D.clamp_min(0).sqrt()) @ vectors_DD.T
+    rounding = len(values_D) * torch.finfo(values_D.dtype).eps * values_D.max()
+    roots_D = values_D.where(values_D > rounding, 0).sqrt()
+    return (vectors_DD * roots_D) @ vectors_DD.T

@@ -1,6 +1,7 @@
 """Fixtures that many tests share. Threads are told to sleep before anything imports torch."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,6 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 PROJECT = Path(__file__).parent.parent
+THREADS = os.environ["OMP_NUM_THREADS"]
+
+
+@pytest.fixture(autouse=True)
+def threads_of_processes() -> Iterator[None]:
+    """Those of a test are not what an earlier one configured in this process."""
+    os.environ["OMP_NUM_THREADS"] = THREADS
+    yield
+    os.environ["OMP_NUM_THREADS"] = THREADS
 
 
 @pytest.fixture

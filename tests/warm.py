@@ -48,7 +48,9 @@ def python(folder: Path) -> Iterator[Path]:
     """The path of such a `python`, in `folder`, while this lasts."""
     folder.mkdir(parents=True)
     address, client = Path(tempfile.mkdtemp()) / "link", folder / "python"
-    server = subprocess.Popen([sys.executable, __file__, str(address), str(folder / "library")])
+    command = [sys.executable, __file__, str(address), str(folder / "library")]
+    # torch counts its threads when it is imported, and bf16 products depend on how many there are.
+    server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not address.exists():
         assert server.poll() is None
         time.sleep(0.05)
