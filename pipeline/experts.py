@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from pipeline.ffn import DenseFFN
 from pipeline.shape import MoEShape, check_start
 
+CHUNK = 1024  # tokens whose hidden activations are held at a time
+
 
 def slice_partition(d_ff: int, groups: int) -> Tensor:
     """(G, F / G) neuron indices: contiguous slices."""
@@ -97,10 +99,18 @@ def shared_expert(dense: DenseFFN, shape: MoEShape) -> dict[str, Tensor]:
 
 
 def group_contributions(dense: DenseFFN, x_TD: Tensor, partition: Tensor) -> Tensor:
-    """(T, G): the norm of what each group of neurons adds to the dense output, biases left out."""
-    hidden_TGH = dense.hidden(x_TD)[:, partition]
+    """(T, G): the norm of what each group of neurons adds to the dense output, biases left out.
+
+    By the Gram matrix of each group's `down_proj`: narrow groups need not be multiplied out.
+    """
     down_GHD = dense.down_proj.t()[partition]
-    return torch.bmm(hidden_TGH.transpose(0, 1), down_GHD).norm(dim=-1).t()
+    gram_GHH = torch.bmm(down_GHD, down_GHD.mT)
+    parts = []
+    for x in x_TD.split(CHUNK):
+        hidden_GTH = dense.hidden(x)[:, partition].transpose(0, 1)
+        squares_GT = (torch.bmm(hidden_GTH, gram_GHH) * hidden_GTH).sum(dim=-1)
+        parts.append(squares_GT.clamp_min(0).sqrt().t())
+    return torch.cat(parts)
 
 
 def _random(

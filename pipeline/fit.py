@@ -22,8 +22,9 @@ Shapes: T tokens, D d_model, H d_ff_expert, S d_ff_shared, E experts, N features
 all of them.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,15 +78,24 @@ class Normal:
         fitted_ND = self.gram_NN @ weight_ND
         return self.power + float((weight_ND * (fitted_ND - 2 * self.cross_ND)).sum())
 
-    def solve(self, ridge: float, prior_ND: Tensor) -> Tensor:
-        """(N, D): least squares plus `ridge` x the mean diagonal x |weight - prior|^2."""
+    def hold(self, ridge: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """(cross_ND, prior_ND) -> (N, D), for any targets and priors by one factorisation.
+
+        Least squares plus `ridge` x the mean diagonal x |weight - prior|^2.
+        """
         strength = ridge * self.gram_NN.diagonal().mean()
         if strength == 0:  # no row has any of the features
-            return prior_ND.clone()
+            return lambda cross_ND, prior_ND: prior_ND.clone()
         held_NN = self.gram_NN.clone()
         held_NN.diagonal().add_(strength)
         root_NN = torch.linalg.cholesky(held_NN)
-        return torch.cholesky_solve(self.cross_ND + strength * prior_ND, root_NN)
+        return lambda cross_ND, prior_ND: torch.cholesky_solve(
+            cross_ND + strength * prior_ND, root_NN
+        )
+
+    def solve(self, ridge: float, prior_ND: Tensor) -> Tensor:
+        """(N, D): as `hold`, for the targets that were summed."""
+        return self.hold(ridge)(self.cross_ND, prior_ND)
 
 
 def best_ridge(
@@ -99,20 +109,18 @@ def best_ridge(
     the mean that of all; only the chosen ridge is solved for every channel.
     """
     mixture_DR = _mixtures(prior_ND)
-    few, judge, prior_NR = (
-        train.mixed(mixture_DR),
-        validation.mixed(mixture_DR),
-        prior_ND @ mixture_DR,
-    )
-    chosen, least, before = None, judge.error(prior_NR), math.inf
+    cross_NR, prior_NR = train.cross_ND @ mixture_DR, prior_ND @ mixture_DR
+    judge = validation.mixed(mixture_DR)
+    best, chosen, least, before = None, None, judge.error(prior_NR), math.inf
     for ridge in sorted(ridges):
-        error = judge.error(few.solve(ridge, prior_NR))
+        solve = train.hold(ridge)
+        error = judge.error(solve(cross_NR, prior_NR))
         if error < least:
-            chosen, least = ridge, error
+            best, chosen, least = solve, ridge, error
         if error > before:
             break
         before = error
-    return prior_ND if chosen is None else train.solve(chosen, prior_ND), chosen
+    return prior_ND if best is None else best(train.cross_ND, prior_ND), chosen
 
 
 def _mixtures(like_ND: Tensor) -> Tensor:
@@ -147,24 +155,26 @@ def refit_down(
     start_MD = _weights(moe)
     now_MD, chosen = start_MD.clone(), {}
     passes = _passes(moe.shape, block_features)
-    for turn in range(ROUNDS):
+    alone = _never_meet(moe.shape) or len(passes) == 1
+    for turn in range(1 if alone else ROUNDS):
         last_MD = now_MD.clone()
         for blocks in passes:
-            train = _sums(moe, rows, "train", blocks, max_rows)
-            validation = _sums(moe, rows, "validation", blocks) if turn == 0 else train
+            train = _sums(moe, rows, "train", blocks, alone, max_rows)
+            validation = _sums(moe, rows, "validation", blocks, alone) if turn == 0 else train
             for block, fitted, judged in zip(blocks, train, validation, strict=True):
                 features_N = _features(moe.shape, block).to(now_MD.device)
-                way_ND = start_MD[features_N] - now_MD[features_N]
+                behind_ND = 0 if alone else now_MD[features_N]
+                way_ND = start_MD[features_N] - behind_ND
                 if turn == 0:
                     change_ND, chosen[block.start] = best_ridge(fitted, judged, way_ND, ridges)
                 elif (ridge := chosen[block.start]) is not None:
                     change_ND = fitted.solve(ridge, way_ND)
                 else:
                     continue
-                now_MD[features_N] += change_ND
+                now_MD[features_N] = behind_ND + change_ND
             _set_weights(moe, now_MD)
         moved, whole = (now_MD - last_MD).norm(), (now_MD - start_MD).norm()
-        if _never_meet(moe.shape) or len(passes) == 1 or moved <= MOVING * whole:
+        if moved <= MOVING * whole:
             break
     after = validation_error(moe, rows)
     if not after <= before:
@@ -208,9 +218,17 @@ def _passes(shape: MoEShape, block_features: int) -> list[list[slice]]:
 
 
 def _sums(
-    moe: SparseMoE, rows: "Rows", split: str, blocks: list[slice], max_rows: int | None = None
+    moe: SparseMoE,
+    rows: "Rows",
+    split: str,
+    blocks: list[slice],
+    alone: bool,
+    max_rows: int | None = None,
 ) -> list[Normal]:
-    """Of each block: its features, against what the layer leaves over."""
+    """Of each block: its features, against what the layer leaves over.
+
+    Of a block that meets no other (`alone`), against the outputs: what is left over plus its own.
+    """
     shape, device = moe.shape, moe.down_proj.device
     sums = [Normal(len(_features(shape, b)), shape.d_model, device) for b in blocks]
     for x_TD, y_TD in _chunks(moe, rows, split, max_rows):
@@ -221,14 +239,19 @@ def _sums(
             if not len(taken_T):
                 continue
             x, y = x_TD[taken_T], y_TD[taken_T]
-            _add(normal, moe, x, weights_TE[taken_T], block, y - moe(x))
+            _add(normal, moe, x, weights_TE[taken_T], block, y if alone else y - moe(x))
+    for normal in sums:
+        _mirror(normal.gram_NN, shape)
     return sums
 
 
 def _add(
     normal: Normal, moe: SparseMoE, x_TD: Tensor, weights_TE: Tensor, block: slice, rest_TD: Tensor
 ) -> None:
-    """`normal.add` for features that are mostly zero: each expert multiplies its own rows."""
+    """`normal.add` for features that are mostly zero: each expert multiplies its own rows.
+
+    Of the Gram matrix, each expert's with itself and with those after it.
+    """
     experts = moe.experts(x_TD.dtype)
     S, size = moe.shape.d_ff_shared, moe.shape.d_ff_expert + moe.shape.bias
     features_TN = x_TD.new_zeros(len(x_TD), len(normal.gram_NN))
@@ -244,20 +267,24 @@ def _add(
         weight_T = weights_TE[t, e, None].to(x_TD.dtype)
         features_TN[t, S + i * size : S + (i + 1) * size] = weight_T * hidden_TN
     if S:
-        product = (features_TN[:, :S].T @ features_TN).double()
-        normal.gram_NN[:S] += product
-        normal.gram_NN[S:, :S] += product[:, S:].T
+        normal.gram_NN[:S] += features_TN[:, :S].T @ features_TN
         normal.cross_ND[:S] += features_TN[:, :S].T @ rest_TD
     for i, e in enumerate(range(block.start, block.stop)):
         t = weights_TE[:, e].nonzero()[:, 0]
         own = slice(S + i * size, S + (i + 1) * size)
         own_TN = features_TN[t, own]
         later_TN = own_TN if block.stop - block.start == 1 else features_TN[t, own.start :]
-        product = (own_TN.T @ later_TN).double()
-        normal.gram_NN[own, own.start :] += product
-        normal.gram_NN[own.stop :, own] += product[:, size:].T
+        normal.gram_NN[own, own.start :] += own_TN.T @ later_TN
         normal.cross_ND[own] += own_TN.T @ rest_TD[t]
     normal.power += float(rest_TD.double().square().sum())
+
+
+def _mirror(gram_NN: Tensor, shape: MoEShape) -> None:
+    """Fill what lies below the diagonal's blocks."""
+    size = shape.d_ff_expert + shape.bias
+    edges = [0] * bool(shape.d_ff_shared) + [*range(shape.d_ff_shared, len(gram_NN), size)]
+    for first, stop in itertools.pairwise(edges):
+        gram_NN[stop:, first:stop] = gram_NN[first:stop, stop:].T
 
 
 def _chunks(

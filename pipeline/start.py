@@ -31,7 +31,7 @@ from pipeline.experts import (
     start_experts,
 )
 from pipeline.ffn import DenseFFN
-from pipeline.fit import refit_down
+from pipeline.fit import CHUNK, Normal, refit_down
 from pipeline.moe import SparseMoE, fit_bias, fit_scale, fit_thresholds
 from pipeline.partition import cluster_partition, most_contributing
 from pipeline.shape import MoEShape
@@ -199,7 +199,7 @@ def _targets(
     partition: Tensor,
 ) -> Tensor:
     """(T, E) logits that a router should give."""
-    group_TG = torch.cat([group_contributions(ffn, x, partition) for x in x_TD.split(1024)])
+    group_TG = group_contributions(ffn, x_TD, partition)
     group_TG = group_TG - group_TG.mean(dim=1, keepdim=True)
     if cfg.virtual_groups or shape.groups == 1:
         group_TG = torch.zeros_like(group_TG)
@@ -218,7 +218,7 @@ def _targets(
 
 def _ridge(x_TD: Tensor, target_TE: Tensor) -> Tensor:
     """(E, D): the least squares map from x to the targets, held towards zero."""
-    x_TD, target_TE = x_TD.double(), target_TE.double()
-    gram_DD = x_TD.T @ x_TD
-    gram_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
-    return torch.linalg.solve(gram_DD, x_TD.T @ target_TE).T.float().contiguous()
+    sums = Normal(x_TD.shape[1], target_TE.shape[1], x_TD.device)
+    for x, target in zip(x_TD.split(CHUNK), target_TE.split(CHUNK), strict=True):
+        sums.add(x, target)
+    return sums.solve(RIDGE, torch.zeros_like(sums.cross_ND)).T.float().contiguous()
