@@ -26,7 +26,7 @@ from pipeline.layers import save_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
-SIZES = ((2048, 12), (2048, 24))  # d_model, layers
+SIZES = ((2048, 12), (2048, 48))  # d_model, layers
 TINY = ((64, 2),)
 
 

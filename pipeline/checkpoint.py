@@ -129,9 +129,9 @@ class Conversion:
     ) -> None:
         self.source, self.folders, self.norms, self.how = source, folders, norms, how
         self.loading = {k: v for k, v in how.items() if k != "dtype"}
-        self.described = dense.inspect(source, **how)
+        self.skeleton = dense.skeleton(source, **how)
+        self.described = dense.describe(self.skeleton)
         self.dtype: torch.dtype = getattr(torch, self.described["dtype"])
-        self.skeleton = self._skeleton()
         set_norms(self.skeleton, norms)
         read = {k: read_shape(path) for k, path in folders.items()}
         self.shapes = {k: shape for k, (shape, _) in read.items()}
@@ -151,8 +151,8 @@ class Conversion:
             self.host.model_type, **self.host.config(self.described, self.shapes)
         )
         causal = self.skeleton.can_generate()
+        auto_class = AutoModelForCausalLM if causal else AutoModel
         with torch.device("meta"):
-            auto_class = AutoModelForCausalLM if causal else AutoModel
             hosted = auto_class.from_config(config, dtype=self.dtype)
         if causal:
             hosted.generation_config = self._generation_config()
@@ -173,20 +173,26 @@ class Conversion:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same, one after the other; each sparse layer is read when its turn comes.
 
-        It is held against its digest meanwhile: a damaged one is refused when it has been given.
+        They are held against their digests meanwhile: a damaged one is refused after it was given.
         """
         found = weights.find(self.skeleton, self.kept, self.source, self.how["revision"])
         if isinstance(found, str):
             print(f"the dense model is read as a whole, since {found}", flush=True)
             found = weights.Resident(dense.load_model(self.source, **self.how).state_dict())
         yield from self._kept(found)
-        with ThreadPoolExecutor(1) as thread:
+        thread = ThreadPoolExecutor(1)
+        try:
+            sound = [thread.submit(check_weights, path) for path in self.folders.values()]
             for k, path in self.folders.items():  # no name keeps a layer while the next is read
-                sound = thread.submit(check_weights, path)
                 yield from self._placed(
-                    k, pad_experts(load_layer(path, checked=False)[0], self.stored[k])
+                    k, pad_experts(load_layer(path, mapped=True)[0], self.stored[k])
                 ).items()
-                sound.result()
+                while sound and sound[0].done():
+                    sound.pop(0).result()
+            for checked in sound:
+                checked.result()
+        finally:
+            thread.shutdown(cancel_futures=True)
 
     def put_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same conversion in memory; returns the model, which is changed."""
@@ -194,12 +200,6 @@ class Conversion:
         layers = {k: load_layer(path)[0] for k, path in self.folders.items()}
         _replace(model, layers, dict.fromkeys(layers, self.host))
         return model
-
-    def _skeleton(self) -> PreTrainedModel:
-        config = AutoConfig.from_pretrained(self.source, **self.loading)
-        trusted = {"trust_remote_code": self.how["trust_remote_code"]}
-        with torch.device("meta"):
-            return dense.auto_class(config).from_config(config, dtype=self.dtype, **trusted)
 
     def _generation_config(self) -> GenerationConfig | None:
         try:

@@ -141,20 +141,26 @@ def inspect(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """`describe` and the pinned revision, from the configuration alone: no weight is read."""
+    how = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = skeleton(source, dtype=dtype, **how)
+    commit = None if Path(source).is_dir() else model.config._commit_hash
+    return {"revision": commit, **describe(model)}
+
+
+def skeleton(
+    source: str, *, revision: str | None, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model on the meta device: its modules, no weights; raises as `load_model`."""
     _check_source(source, revision, trust_remote_code)
     with _explained(source):
         config = _config(source, revision, trust_remote_code)
+        stored = config.dtype or torch.float32
         with torch.device("meta"):
-            stored = config.dtype or torch.float32
-            model = auto_class(config).from_config(
+            return auto_class(config).from_config(
                 config,
                 dtype=stored if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
             )
-    return {
-        "revision": None if Path(source).is_dir() else config._commit_hash,
-        **describe(model),
-    }
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:

@@ -72,17 +72,18 @@ def is_complete(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def load_layer(folder: Path, checked: bool = True) -> tuple[SparseMoE, dict[str, Any]]:
+def load_layer(folder: Path, *, mapped: bool = False) -> tuple[SparseMoE, dict[str, Any]]:
     """The layer on the CPU in evaluation mode, and its record.
 
     Args:
-        checked: false leaves out `check_weights`, for who calls that.
+        mapped: the weights stay in their file until they are read, once and by rows; what
+            `check_weights` says of them is left to the caller.
 
     Raises:
         ArtifactError: a file is missing or damaged, or the tensors are not those of the shape.
     """
     shape, record = read_shape(folder)
-    if checked:
+    if not mapped:
         check_weights(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -98,8 +99,12 @@ def load_layer(folder: Path, checked: bool = True) -> tuple[SparseMoE, dict[str,
     if wanted != found:
         differing = sorted(wanted.items() ^ found.items())
         raise _unusable(folder, f"its tensors are not those of its shape: {differing}")
-    moe = SparseMoE(shape)
-    moe.load_state_dict(tensors)
+    with torch.device("meta" if mapped else "cpu"):
+        moe = SparseMoE(shape)
+    if mapped:
+        like = moe.state_dict()
+        tensors = {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
+    moe.load_state_dict(tensors, assign=mapped)
     return moe.eval(), record
 
 
