@@ -42,7 +42,8 @@ def rows(quick: bool) -> Iterator[Row]:
             }
             ways["forward"] = lambda m=model, b=blocks: forward(m, b, cfg.batch_size)
             seconds = measure.turns(ways)
-            taken = sum(p.stat().st_size for p in Path(name, "compact").rglob("*") if p.is_file())
+            stored = Path(name, "compact").glob("layer_*.zarr/**/*")
+            taken = sum(p.stat().st_size for p in stored if p.is_file())
         precision = str(dtype).removeprefix("torch.")
         size = f"{LAYERS} layers, d {d_model}, d_ff {4 * d_model}, {tokens} tokens"
         raw = 2 * LAYERS * tokens * d_model * torch.bfloat16.itemsize
