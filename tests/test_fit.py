@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.fit import BLOCK_FEATURES, Normal, best_ridge, refit_down, validation_error
+from pipeline.fit import (
+    BLOCK_FEATURES,
+    MIXTURES,
+    Normal,
+    best_ridge,
+    refit_down,
+    validation_error,
+)
 from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.shape import MoEShape
 
@@ -195,6 +202,24 @@ def test_the_strength_is_the_best_on_validation():
         errors.append(refit_down(one, rows, ridges=(ridge,))[1])
     assert refit_down(moe, rows, ridges=ridges)[1] == pytest.approx(min(errors))
     assert errors.index(min(errors)) not in (0, len(errors) - 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ridge_that_mixtures_of_many_channels_choose_is_as_good_as_the_best(seed: int):
+    """Its weights are those of every channel; a ridge at either end is worse by far more."""
+    g = torch.Generator().manual_seed(seed)
+    n_features, d_model = 40, 3 * MIXTURES
+    true = torch.randn(n_features, d_model, generator=g, dtype=torch.float64)
+    train, validation = Normal(n_features, d_model), Normal(n_features, d_model)
+    for normal, n in ((train, 50), (validation, 400)):
+        x = torch.randn(n, n_features, generator=g, dtype=torch.float64)
+        noise = 4 * torch.randn(n, d_model, generator=g, dtype=torch.float64)
+        normal.add(x, x @ true + noise)
+    prior, ridges = torch.zeros_like(true), (1e-4, 1e-2, 1e-1, 1.0, 10.0, 1000.0)
+    errors = {r: validation.error(train.solve(r, prior)) for r in ridges}
+    weight, chosen = best_ridge(train, validation, prior, ridges)
+    assert chosen is not None and torch.equal(weight, train.solve(chosen, prior))
+    assert errors[chosen] < 1.01 * min(errors.values()) < 0.9 * min(errors[1e-4], errors[1000.0])
 
 
 def test_validation_error_of_a_candidate_is_that_of_its_weights():
