@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shrinking import shrink
+from tqdm import tqdm
 
 from pipeline import command, compose, workdir
 from pipeline.config import Config
@@ -81,6 +83,7 @@ def preload() -> None:
     for name in MODULES:
         importlib.import_module(name)
         workdir.code_digest(name)
+    tqdm.set_lock(threading.RLock())  # its own one is shared by forks: a killed one would keep it
 
 
 @dataclass(frozen=True)
