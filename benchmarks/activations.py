@@ -1,7 +1,8 @@
 """Capture beside the bare forward pass over the same batches, in the same precision.
 
 The model is a Llama of random weights; its activations are compressed and written durably, shard by
-shard. Two widths, and twice the tokens.
+shard. Two widths, and twice the tokens. Captures are of many shards, as real ones are: what one
+costs whatever its tokens (the search for the FFNs, their weights written) is in the figures too.
 """
 
 import shutil
@@ -22,11 +23,12 @@ from pipeline.capture import capture_activations
 from pipeline.config import CaptureConfig, Codec
 
 SEQUENCE = 256
-LAYERS = 4
+LAYERS = 2
 GOALS = {Codec.fast: "<= 1.15", Codec.compact: "<= 1.3"}
-SIZES = ((1024, 4096, torch.float32), (1024, 8192, torch.bfloat16), (2048, 2048, torch.bfloat16))
-EMULATED = ((1024, 4096, torch.float32), (2048, 2048, torch.float32))  # where bf16 has no units
-TINY = ((64, 1024, torch.float32),)  # d_model, tokens, dtype of the model
+BF16, FP32 = torch.bfloat16, torch.float32
+SIZES = ((1024, 8192, FP32), (1024, 16384, BF16), (1024, 32768, BF16), (2048, 16384, BF16))
+EMULATED = ((1024, 8192, FP32), (1024, 16384, FP32), (2048, 4096, FP32))  # where bf16 has no units
+TINY = ((64, 1024, FP32),)  # d_model, tokens, dtype of the model
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -41,7 +43,7 @@ def rows(quick: bool) -> Iterator[Row]:
                 for codec in GOALS
             }
             ways["forward"] = lambda m=model, b=blocks: forward(m, b, cfg.batch_size)
-            seconds = measure.turns(ways)
+            seconds = measure.turns(ways, before=lambda way, of=name: _clear(Path(of, way)))
             stored = Path(name, "compact").glob("layer_*.zarr/**/*")
             taken = sum(p.stat().st_size for p in stored if p.is_file())
         precision = str(dtype).removeprefix("torch.")
@@ -65,10 +67,13 @@ def _capture(
     model: PreTrainedModel, blocks: Tensor, folder: Path, cfg: CaptureConfig
 ) -> Callable[[], None]:
     def run() -> None:
-        shutil.rmtree(folder / cfg.codec.name, ignore_errors=True)
         capture_activations(model, {"train": blocks}, folder / cfg.codec.name, cfg=cfg)
 
     return run
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @torch.inference_mode()

@@ -57,16 +57,24 @@ class Row:
 
 
 def turns(
-    ways: Mapping[str, Callable[[], object]], times: int | None = None, warm_ups: int = 1
+    ways: Mapping[str, Callable[[], object]],
+    times: int | None = None,
+    warm_ups: int = 1,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each of `times` turns; in every turn another one begins."""
+    """Seconds of each way in each of `times` turns; in every turn another one begins.
+
+    `before` is called with a way's name each time before it runs, and takes none of its time.
+    """
     names = list(ways)
     for name in names * (warm_ups if repeats > 1 else 0):
+        before(name)
         ways[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(times or repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            before(name)
             gc.collect()
             began = time.perf_counter()
             ways[name]()

@@ -46,20 +46,24 @@ HEAL = "heal.tokens=262144"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of `conf/` that make one row of the table; `healed` costs most of the time."""
+    """Settings of `conf/` that make one row of the table.
+
+    `oracle` asks every expert about every token, and `healed` trains all layers: both cost time.
+    """
 
     name: str
     overrides: tuple[str, ...]
+    oracle: bool = False
     healed: bool = False
 
 
-def specialists(n_experts: int, width: float, *, shared: float = 0, healed: bool = False) -> Recipe:
+def specialists(n_experts: int, width: float, *, shared: float = 0, **more: bool) -> Recipe:
     name = f"specialists, {n_experts} of {Fraction(width)}"
     if shared:
         name += f" beside a shared {Fraction(shared)}"
     shape = (f"moe.n_experts={n_experts}", "moe.top_k=1", f"moe.d_ff_expert={width}")
     start = ("moe.init=specialist", f"moe.shared_expert={shared or 0}")
-    return Recipe(name, (*start, *shape), healed)
+    return Recipe(name, (*start, *shape), **more)
 
 
 def clusters(n_experts: int, top_k: int) -> Recipe:
@@ -69,9 +73,9 @@ def clusters(n_experts: int, top_k: int) -> Recipe:
 
 
 RECIPES = (
-    specialists(4, 0.5, healed=True),
-    specialists(4, 0.25, healed=True),
-    specialists(2, 0.5),
+    specialists(4, 0.5, oracle=True, healed=True),
+    specialists(4, 0.25, oracle=True, healed=True),
+    specialists(2, 0.5, oracle=True),
     specialists(16, 0.25),
     Recipe(
         "the seed's quarter width: specialists, 16 of 1/4, top-2",
@@ -207,7 +211,7 @@ def rows_of(bench: Bench, recipe: Recipe, done: set[tuple[Any, ...]]) -> Iterabl
         known = {**kind, "active_ffn_fraction": active, "seed": bench.seed}
         steps = [(FREE, known["control"]), (LAYER_WISE, known["control"])]
         if name == "ours":
-            steps += [(LAYER_WISE, "oracle"), *[(HEALED, None)] * recipe.healed]
+            steps += [(LAYER_WISE, "oracle")] * recipe.oracle + [(HEALED, None)] * recipe.healed
         left = [step for step in steps if key(_row(known, *step)) not in done]
         if not left:
             continue

@@ -3,6 +3,7 @@
 Nothing here decides what is computed beyond rounding, and no choice rests on a timed probe.
 """
 
+import ctypes
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 OWN_CALLS = {"HF_HUB_DISABLE_TELEMETRY": "1", "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
 OWN_CALLS["ITERATIVE_DO_NOT_TRACK"] = "1"  # DVC and DVCLive
 OWN_CALLS["RAY_USAGE_STATS_ENABLED"] = "0"
+
+KEPT_BYTES = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def warn(text: str) -> None:
@@ -68,9 +72,24 @@ def configure(cfg: RuntimeConfig, why: str = "configured") -> None:
     os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     keep_private()
+    reuse_freed_memory()
     if not sys.stderr.isatty():  # other libraries' live bars are noise in a log
         os.environ.setdefault("TQDM_DISABLE", "1")
     tell("threads", threads, why if cfg.threads else "every core that it may use")
+
+
+def reuse_freed_memory() -> bool:
+    """Let malloc keep what is freed, up to `KEPT_BYTES`, for the next tensor; whether it can.
+
+    glibc takes fresh pages from the system for every large tensor, and touching them costs as much
+    as computing in them: a bf16 step of 16 experts took 1.2 times as long without, a dense FFN of
+    equal active FLOPs no longer. Peak memory stayed the same. Other C libraries have no such call.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return all([mallopt(M_MMAP_THRESHOLD, KEPT_BYTES), mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)])
 
 
 def pick_device(cfg: RuntimeConfig) -> "torch.device":

@@ -58,11 +58,17 @@ def batches(windows: Iterable[tuple[Tensor, Pair]], batch_size: int) -> Iterator
     missing = batch_size
     for order, (x, y) in windows:
         for rows in _cut(order, missing, batch_size):
-            pieces.append((x.index_select(0, rows), y.index_select(0, rows)))
+            pieces.append((_gather(x, rows), _gather(y, rows)))
             missing -= len(rows)
             if not missing:
                 yield pieces[0] if len(pieces) == 1 else _join(pieces)
                 pieces, missing = [], batch_size
+
+
+def _gather(rows_TD: Tensor, order: Tensor) -> Tensor:
+    """The rows of `order`, as bits: gathering bfloat16 itself took a third longer on a CPU."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows_TD.dtype.itemsize]
+    return rows_TD.view(bits).index_select(0, order).view(rows_TD.dtype)
 
 
 def _cut(order: Tensor, first: int, size: int) -> list[Tensor]:
