@@ -6,10 +6,11 @@ The configurations differ in what a sweep varies at equal cost: seed and learnin
 model has random weights and the text is random; validations and the reading of text are left out.
 
 The cost formula, of a sweep of C configurations, E epochs and S steps an epoch, from the seconds of
-one dense forward pass over a batch (F), one step of all layers (T), and capture of the text (K):
+one dense forward pass over a batch (F), the start of all layers (B), one step of all layers (T),
+and capture of the text (K):
 
-    streaming  C x E x S x (F + T)
-    ours       K + C x E x S x T
+    streaming  C x (B + E x S x (F + T))
+    ours       K + C x (B + E x S x T)
 
 `python -m benchmarks.sweep ours|parallel D_MODEL STEPS` trains once and prints the peak memory.
 """
@@ -25,7 +26,6 @@ from statistics import median
 import torch
 
 from benchmarks import measure, streaming
-from benchmarks.activations import LAYERS
 from benchmarks.measure import Row
 from benchmarks.models import VOCAB, llama
 from benchmarks.streaming import Recipe
@@ -36,7 +36,7 @@ from pipeline.ffn import DenseFFN
 from pipeline.store import LayerReader
 from pipeline.training import step
 
-CONFIGURATIONS, EPOCHS, SEQUENCE = 8, 3, 256
+CONFIGURATIONS, EPOCHS, SEQUENCE, LAYERS = 8, 3, 256, 4
 SIZES = ((128, 4), (192, 4))  # d_model, steps of an epoch
 TINY = ((32, 2),)
 ACTIVE = {"25 %": (1, ">= 1.8"), "50 %": (2, ">= 1.4")}  # experts of a quarter run per token, goal
@@ -110,14 +110,21 @@ class Sweep:
             for batch in self.blocks.split(size):
                 self.model(input_ids=batch, use_cache=False)
 
-    def stepped(self, configuration: int) -> None:
-        """An epoch's steps of every layer, on one batch."""
+    def begun(self, configuration: int) -> None:
+        """The start of every layer."""
         recipe = self.recipe(configuration)
-        for layer in recipe.plans:
+        self.fits = {
+            k: recipe.begin(
+                k, DenseFFN.load(self.folder / "captured" / f"ffn_{k}.safetensors"), self.steps
+            )
+            for k in recipe.plans
+        }
+
+    def stepped(self) -> None:
+        """An epoch's steps of every layer that has begun, on one batch."""
+        for layer, (fit, objective) in self.fits.items():
             reader = LayerReader(self.folder / "captured" / f"layer_{layer}.zarr")
-            ffn = DenseFFN.load(self.folder / "captured" / f"ffn_{layer}.safetensors")
-            fit, objective = recipe.begin(layer, ffn, self.steps)
-            batch = reader.read("train", 0, recipe.train.batch_size)
+            batch = reader.read("train", 0, self.cfg.train.batch_size)
             for _ in range(self.steps):
                 step(fit, objective, *batch)
 
@@ -133,7 +140,8 @@ class Sweep:
                 "capture": self.captured,
                 "train": lambda c=configuration: self.trained(c),
                 "forward": self.forward,
-                "step": lambda c=configuration: self.stepped(c),
+                "begin": lambda c=configuration: self.begun(c),
+                "step": self.stepped,
             }
             for name, found in measure.turns(ways, times=1, warm_ups=0).items():
                 parts.setdefault(name, []).extend(found)
@@ -151,11 +159,15 @@ class Sweep:
             reach=goal,
         )
         yield replace(swept, ratio=sum(parts["stream"]) / whole)
-        each = median(parts["step"])
-        predicted = CONFIGURATIONS * EPOCHS * (median(parts["forward"]) + each)
+        seconds = {name: median(of) for name, of in parts.items()}
+        trained = seconds["begin"] + EPOCHS * seconds["step"]
         for way, formula, true in (
-            ("streaming", predicted, sum(parts["stream"])),
-            ("ours", kept + CONFIGURATIONS * EPOCHS * each, whole),
+            (
+                "streaming",
+                CONFIGURATIONS * (trained + EPOCHS * seconds["forward"]),
+                sum(parts["stream"]),
+            ),
+            ("ours", kept + CONFIGURATIONS * trained, whole),
         ):
             ratio = formula / true
             yield Row(
