@@ -42,6 +42,7 @@ OUTPUT = Path("benchmarks/results/quality.json")
 WORK = Path(".scratch/quality")
 FREE, LAYER_WISE, HEALED = "training-free", "layer-wise", "healed"
 HEAL = "heal.tokens=262144"
+PRECISION = "train.dtype=float32"  # the same layers on every kind of machine
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Bench:
     def __init__(self, seed: int, overrides: Sequence[str], work: Path) -> None:
         from pipeline import corpus, dense, workdir
 
-        self.seed, self.overrides = seed, [*overrides, f"seed={seed}"]
+        self.seed, self.overrides = seed, [PRECISION, *overrides, f"seed={seed}"]
         self.folder = (work / f"seed_{seed}").absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("conf", "params.yaml"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import budget, dense, training, workdir
+from pipeline import budget, dense, runtime, training, workdir
 from pipeline.config import MoEConfig, TrainConfig
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
@@ -40,7 +40,7 @@ def train_layer(
     cfg: TrainConfig,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     start: SparseMoE | None = None,
     store_url: str | None = None,
 ) -> SparseMoE:
@@ -49,7 +49,7 @@ def train_layer(
     Args:
         capture_folder: holds `layer_K.zarr` and `ffn_K.safetensors`, of `capture_activations`.
         plan: one of `plan_layers`.
-        dtype: of the matrix products.
+        dtype: of the matrix products; null = as `cfg.dtype` says.
         start: an untrained layer to begin with; null = as `moe_cfg.init` says.
         store_url: as `capture_activations` had it.
 
@@ -58,6 +58,7 @@ def train_layer(
     captured, layer = Path(capture_folder), plan["layer"]
     folder = Path(layers_folder) / f"layer_{layer}"
     folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(device)
     reader = LayerReader(captured / f"layer_{layer}.zarr", device, store_url)
     moe = training.fit_layer(
         reader,
@@ -67,8 +68,8 @@ def train_layer(
         moe_cfg=moe_cfg,
         cfg=cfg,
         seed=seed,
-        device=torch.device(device),
-        dtype=dtype,
+        device=device,
+        dtype=dtype or runtime.pick_dtype(cfg.dtype, device),
         start=start,
     )
     made = {"settings": {"seed": seed}, "inputs": {"store": reader.digest()}}

@@ -165,6 +165,17 @@ def test_a_layer_is_fitted_to_the_same_bytes(stores: Both, model, tmp_path: Path
     assert metrics[0] == metrics[1] and metrics[0][2]["relative_mse"] > 0
 
 
+def test_the_dtype_of_products_is_read_from_the_configuration(stores: Both, model, tmp_path: Path):
+    plan = notebook.plan_layers(model, SLICES, [2])[2]
+    fitted = {}
+    for dtype in (Dtype.float32, Dtype.bfloat16):
+        cfg = replace(PLAIN, dtype=dtype)
+        into = tmp_path / dtype.name
+        notebook.train_layer(stores[Store.both], plan, into, moe_cfg=SLICES, cfg=cfg)
+        fitted[dtype] = (into / "layer_2" / WEIGHTS).read_bytes()
+    assert fitted[Dtype.float32] != fitted[Dtype.bfloat16]
+
+
 def test_budgets_are_judged_alike(stores: Both, model, tmp_path: Path):
     plans = plans_of(options(model, MOE))
     plans = {k: dict(list(plans[k].items())[:1]) for k in (0, 2)}
