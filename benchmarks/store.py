@@ -156,12 +156,16 @@ def read_zarr(path: Path, tokens: int) -> None:
 
 
 def read_memmap(raw: np.memmap, tokens: int) -> None:
-    """Rows in random order straight out of the page cache; nothing is checked."""
+    """Rows in random order straight out of the page cache, both sides at hand; nothing is checked.
+
+    A batch is held until there is a next one, as a loop over ours holds it.
+    """
     arrays = [torch.from_numpy(part.view(np.int16)) for part in np.asarray(raw)]
     order = shuffle.permutation(tokens, 0, 0)
+    batch = None
     for rows_ in order.split(BATCH):
-        for array in arrays:
-            array.index_select(0, rows_)
+        batch = [array.index_select(0, rows_) for array in arrays]
+    del batch
 
 
 def _bits(rows_: Tensor) -> np.ndarray:
