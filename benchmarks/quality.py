@@ -91,8 +91,6 @@ RECIPES = (
     ),
     clusters(16, 12),
     specialists(2, 0.75),
-    specialists(3, 0.25, shared=0.25),
-    specialists(7, 0.25, shared=0.25),
 )
 
 

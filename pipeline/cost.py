@@ -29,7 +29,7 @@ from pipeline.footprint import KEPT_BYTES, ROUND_ROWS, START_ROWS
 from pipeline.shape import MoEShape
 from pipeline.volume import ITEMSIZE
 
-BASE = 450_000_000  # host memory of Python, torch and transformers
+BASE = 500_000_000  # host memory of Python, torch and transformers
 TEXT = 250_000_000  # more of them that read text: the standard library's, or a part of a dataset
 SMALL = 60_000_000  # host memory of a stage without torch
 MANIFEST = 2_000  # bytes of a manifest
