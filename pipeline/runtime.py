@@ -66,7 +66,7 @@ def configure(cfg: RuntimeConfig, why: str = "configured") -> None:
     OpenMP's threads spin while they wait; on shared cores that made a small Llama's step 6 times
     slower (2.5 s against 0.4 s), so they are told to sleep. But not at once: two threads that wake
     for each small product trained the embedded model at half the speed of one. Half a millisecond
-    of spinning doubles that. Beside two other jobs on the two cores it cost a fifth and more at times.
+    of spinning doubles that; beside two other jobs on the same two cores it cost a fifth or more.
     """
     loggers.check(cfg.logger)
     threads = str(cfg.threads or cores())
