@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import torch
+from crc32c import crc32c
 
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError
@@ -264,4 +264,4 @@ def _identity(layout: Layout, split: str, k: int) -> Commit:
 
 
 def _checksum(content: Commit) -> int:
-    return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
+    return crc32c(json.dumps(content, sort_keys=True).encode())

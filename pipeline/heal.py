@@ -216,9 +216,8 @@ def _begin(
         {"params": experts, "peak": cfg.learning_rate},
         {"params": list(norms.values()), "peak": cfg.learning_rate, "weight_decay": 0.0},
     ]
-    fused = model.device.type == "cuda" or None  # null: as torch does it on a CPU
-    options = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "fused": fused}
-    optimizer = torch.optim.AdamW(groups, **options)
+    rate, decay = cfg.learning_rate, cfg.weight_decay
+    optimizer = torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
     return Healing(model, sparse, layers, norms, optimizer, cfg, balance_bias_rate, dtype, total)
 
 

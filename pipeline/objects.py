@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from pipeline import preflight
 from pipeline.errors import ArtifactError, ConfigError, PipelineError, ResourceError
@@ -183,7 +183,7 @@ class Objects:
 
     def checksums(self, key: str, n_chunks: int) -> tuple[int, list[int | None]]:
         content = self.content(key)
-        return google_crc32c.value(content), sound_chunks(content, n_chunks)
+        return crc32c(content.data), sound_chunks(content, n_chunks)
 
     def put(self, key: str, content: bytes | Bytes) -> None:
         """Whole, visible and durable on return."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import google_crc32c
 import numcodecs.blosc
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.errors import ArtifactError
@@ -59,7 +59,7 @@ def file_checksum(path: Path) -> int:
     crc = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(READ_BLOCK):
-            crc = google_crc32c.extend(crc, block)
+            crc = crc32c(block, crc)
     return crc
 
 
@@ -191,7 +191,7 @@ class ShardedArray:
         stored = _scratch.of(length - CRC) if into is None else into
         checksum = np.empty(CRC, np.uint8)
         self.place.read(key, offset, stored, checksum)
-        if not google_crc32c.value(stored) == _parse_crc(checksum) == self.shards[k].chunks[local]:
+        if not crc32c(stored.data) == _parse_crc(checksum) == self.shards[k].chunks[local]:
             raise self.place.damaged(key, f"chunk {local} does not match its checksum")
         return stored
 
@@ -243,7 +243,7 @@ def _pread(path: Path, offset: int, *into: Bytes) -> None:
 
 def _parse_index(tail: Bytes) -> NDArray[np.uint64] | None:
     """The (offset, length) pairs at the end of a shard; None when their checksum is wrong."""
-    if google_crc32c.value(tail[:-CRC]) != _parse_crc(tail[-CRC:]):
+    if crc32c(tail[:-CRC].data) != _parse_crc(tail[-CRC:]):
         return None
     return tail[:-CRC].view("<u8").reshape(-1, 2)
 

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-import google_crc32c
 import torch
+from crc32c import crc32c
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
@@ -180,7 +180,7 @@ def write(
             raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             file.seek(start)
             file.write(raw.data)
-            written[name] = google_crc32c.value(raw)
+            written[name] = crc32c(raw.data)
         assert not places, f"not given: {', '.join(places)}"
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -209,7 +209,7 @@ def _checksum(file: Any, start: int, described: Mapping[str, Any]) -> int:
     file.seek(start)
     crc, left = 0, last - first
     while left and (block := file.read(min(READ_BLOCK, left))):
-        crc, left = google_crc32c.extend(crc, block), left - len(block)
+        crc, left = crc32c(block, crc), left - len(block)
     return crc
 
 
