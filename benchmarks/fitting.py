@@ -23,7 +23,8 @@ from pipeline.config import CaptureConfig, Codec, Config
 from pipeline.ffn import DenseFFN
 from pipeline.shape import MoEShape
 from pipeline.start import start_layer
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.training import Objective, begin, fit_layer, step
 
 SEQUENCE = 256

@@ -18,7 +18,7 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import Row
 from benchmarks.models import VOCAB, llama
-from pipeline import compose, dense, runtime, workdir
+from pipeline import artifacts, compose, dense, durable, runtime
 from pipeline.capture import capture_activations
 from pipeline.stages import CAPTURE, DENSE, TOKENS, budget
 
@@ -67,9 +67,9 @@ def _prepare(d_model: int, tokens: int) -> None:
     capture_activations(model, blocks, CAPTURE, cfg=cfg.capture)
     for folder in (DENSE, TOKENS):
         folder.mkdir(parents=True)
-    workdir.write_json(DENSE / "dense.json", dense.describe(model))
+    durable.write_json(DENSE / "dense.json", dense.describe(model))
     for folder in (DENSE, TOKENS, CAPTURE):
-        workdir.write_manifest(folder, {})
+        artifacts.write_manifest(folder, {})
     budget.run(cfg)
 
 

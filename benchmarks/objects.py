@@ -23,7 +23,8 @@ from benchmarks import measure, s3
 from benchmarks.measure import Row
 from benchmarks.store import CHUNK_MB, SEQUENCE, activations, read_ours
 from pipeline.config import Codec
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 SIZES = ((3072, 8192),)  # d_model, tokens
 TINY = ((64, 2048),)

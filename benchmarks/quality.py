@@ -98,7 +98,7 @@ class Bench:
     """The dense model of one seed, its text and its activations."""
 
     def __init__(self, seed: int, overrides: Sequence[str], work: Path) -> None:
-        from pipeline import corpus, dense, workdir
+        from pipeline import artifacts, corpus, dense
 
         self.seed, self.overrides = seed, [PRECISION, *overrides, f"seed={seed}"]
         self.folder = (work / f"seed_{seed}").absolute()
@@ -112,11 +112,11 @@ class Bench:
             path = {"PYTHONPATH": str(Path.cwd())}
             subprocess.run(command, cwd=self.folder, env=os.environ | path, check=True)
         stages = self.folder / "stages"
-        self.record = workdir.read_json(stages / "dense" / "dense.json")
+        self.record = artifacts.read_json(stages / "dense" / "dense.json")
         self.model = dense.load_model(str(stages / "dense" / "model"), dtype="float32")
         self.captures, self.tokens = stages / "capture", stages / "tokens"
         self.layers = [ffn["index"] for ffn in self.record["layers"]]
-        self.counts = workdir.read_json(self.tokens / corpus.RECORD)["splits"]
+        self.counts = artifacts.read_json(self.tokens / corpus.RECORD)["splits"]
 
     def rows(self, k: int) -> "LayerReader":
         from pipeline.store import LayerReader

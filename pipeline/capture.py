@@ -18,19 +18,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts import file_digest
 from pipeline.commits import commit_path
 from pipeline.config import CaptureConfig, Dtype, Store
 from pipeline.corpus import check_token_ids
 from pipeline.dense import select_layers
 from pipeline.discovery import find_ffns
+from pipeline.durable import fsync, remove_partials, unique_partial
 from pipeline.errors import ArtifactError
 from pipeline.ffn import DenseFFN
 from pipeline.locks import Part
 from pipeline.passes import Forward, Passes, Rows, of_forward, of_model
 from pipeline.progress import Progress, silent
 from pipeline.room import check_room
-from pipeline.store import LayerReader, LayerWriter
-from pipeline.workdir import file_digest, fsync, remove_partials, unique_partial
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 T = TypeVar("T")
 

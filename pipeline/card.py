@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from pipeline import workdir
+from pipeline import artifacts
 from pipeline.config import Host
 from pipeline.pages import render
 from pipeline.record import CONFIG
@@ -60,8 +60,8 @@ def write(
         record: of the dense model: at least `revision` and `digests`.
         manifests: of what it was made from, as far as that is known.
     """
-    records = {k: workdir.read_sealed(path / CONFIG) for k, path in layers.items()}
-    architecture = workdir.read_json(folder / "config.json")["architectures"][0]
+    records = {k: artifacts.read_sealed(path / CONFIG) for k, path in layers.items()}
+    architecture = artifacts.read_json(folder / "config.json")["architectures"][0]
     facts = {
         "name": name,
         "source": source,
@@ -88,7 +88,7 @@ def text(facts: Mapping[str, Any]) -> str:
         "metrics": None,
         "settings": settings,
         "base": hub_id(facts["source"]),
-        "versions": workdir.versions(),
+        "versions": artifacts.versions(),
         "shapes": by_shape(facts["layers"]),
         "healed": next(iter(facts["layers"].values())).get("healing"),
         "digests": {

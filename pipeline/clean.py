@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline import compose, console, locks, preflight, workdir
+from pipeline import artifacts, compose, console, locks, preflight, sources, workdir
 from pipeline.config import Config, select
 from pipeline.errors import ConfigError
 from pipeline.prefill import ledger
@@ -145,7 +145,7 @@ def _otherness(manifest: dict[str, Any], settings: dict[str, Any]) -> str:
     if other:
         more = f" and {len(other) - 1} more" if len(other) > 1 else ""
         return f"finished for another configuration ({other[0]}={made[other[0]]}{more})"
-    same_code = manifest.get("code") == workdir.code_digest(str(manifest.get("module")))
+    same_code = manifest.get("code") == sources.code_digest(str(manifest.get("module")))
     return "" if same_code else "finished by other code"
 
 
@@ -211,13 +211,13 @@ def _is_work(path: Path) -> bool:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    return [*folder.glob(f"*/{workdir.MANIFEST}"), *folder.glob(f"*/*/{workdir.MANIFEST}")]
+    return [*folder.glob(f"*/{artifacts.MANIFEST}"), *folder.glob(f"*/*/{artifacts.MANIFEST}")]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Of finished work; empty where it is not finished, or its manifest cannot be read."""
     try:
-        found = json.loads((folder / workdir.MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads((folder / artifacts.MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from crc32c import crc32c
 
+from pipeline.artifacts import read_json
 from pipeline.config import Codec
+from pipeline.durable import json_bytes
 from pipeline.errors import ArtifactError
 from pipeline.shards import Files, Place, damaged, file_checksum, shard_key
-from pipeline.workdir import json_bytes, read_json
 
 FORMAT_VERSION = 1
 ARRAYS = ("input", "output")

@@ -7,10 +7,10 @@ setting is completed section by section, then a value where only some are allowe
 import shlex
 from collections.abc import Iterable
 
-from pipeline import compose, refusals, workdir
+from pipeline import artifacts, compose, refusals
 from pipeline.errors import PipelineError
 
-STAGES = ("config", *workdir.STAGES)
+STAGES = ("config", *artifacts.STAGES)
 
 BASH = r"""_sparse_distillation() {
     local IFS=$'\n' line="${COMP_LINE:0:COMP_POINT}"

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import preflight
+from pipeline.artifacts import how_to_redo
 from pipeline.config import SPLITS, DataConfig, DataSource, TokensConfig
 from pipeline.documents import Document, digest, read_documents, shifted_documents
+from pipeline.durable import write_json
 from pipeline.errors import ArtifactError, InputError
-from pipeline.workdir import how_to_redo, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from pipeline import modeling, preflight, record, runtime, workdir
+from pipeline import artifacts, modeling, preflight, record, runtime
 from pipeline.config import ModelConfig
 from pipeline.discovery import find_ffns, text_config
 from pipeline.errors import ConfigError, InputError, PipelineError
@@ -130,7 +130,7 @@ def resolve(
     with _explained(source):
         folder = Path(source if commit is None else snapshot_download(source, revision=commit))
     files = sorted(p for p in folder.iterdir() if p.suffix in RECORDED)
-    return {"digests": {p.name: workdir.file_digest(p) for p in files}, **described}
+    return {"digests": {p.name: artifacts.file_digest(p) for p in files}, **described}
 
 
 def inspect(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import corpus, finite, workdir
+from pipeline import artifacts, corpus, finite
 from pipeline.comparison import Texts, compare_on_text, continuation, replaced
 from pipeline.config import EvaluateConfig
 from pipeline.controls import OracleMoE
@@ -183,7 +183,7 @@ def measure(
         controls: name -> what it puts in the place of each FFN; see `pipeline.controls`.
         static_norms: of the static control, where it was healed.
     """
-    counts = workdir.read_json(tokens / corpus.RECORD)["splits"]
+    counts = artifacts.read_json(tokens / corpus.RECORD)["splits"]
     read = {k: load_layer(folder) for k, folder in layers.items()}
     judged = {k: layer_metrics(moe.to(dense.device), stores[k]) for k, (moe, _) in read.items()}
 

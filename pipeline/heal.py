@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipeline import preflight, resume, shuffle, workdir
+from pipeline import durable, preflight, resume, shuffle
 from pipeline.assembly import NORMS, find_norms, replace_ffns, shared_copy
 from pipeline.config import HealConfig
 from pipeline.corpus import check_token_ids
@@ -402,7 +402,7 @@ def _finish(
     write_history(folder, healing.history)
     for path in (folder / NORMS, folder / HISTORY):  # durable before the layers that end the work
         if path.exists():
-            workdir.fsync(path)
+            durable.fsync(path)
     for k, layer in healing.layers.items():
         out = folder / f"layer_{k}"
         out.mkdir(exist_ok=True)

@@ -23,13 +23,14 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore, ObjectStore
 
+from pipeline.artifacts import read_json
 from pipeline.commits import FOLDER, Commit, Layout
 from pipeline.config import Codec
+from pipeline.durable import fsync, unique_partial
 from pipeline.encoding import BLOSC, Encoder
 from pipeline.errors import ArtifactError
 from pipeline.objects import Objects
 from pipeline.shards import Bytes, Files, chunk_checksums, damaged, shard_key
-from pipeline.workdir import fsync, read_json, unique_partial
 
 STORED = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
 

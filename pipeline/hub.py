@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from pipeline import workdir
+from pipeline import artifacts, workdir
 from pipeline.errors import ResourceError
 
 
@@ -22,7 +22,7 @@ def push(checkpoint: Path, card: Path, repository: str) -> None:
         ArtifactError: the checkpoint is damaged.
         ResourceError: the hub cannot be reached, or refuses.
     """
-    workdir.verify(checkpoint)
+    artifacts.verify(checkpoint)
     root = workdir.scratch_root()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="push-", dir=root) as staged:

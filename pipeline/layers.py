@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import preflight, workdir
+from pipeline import artifacts, durable, preflight
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import ACTIVATIONS
 from pipeline.moe import SparseMoE
@@ -35,7 +35,7 @@ def layer_folders(folder: Path) -> dict[int, Path]:
     named = {p.name.removeprefix("layer_"): p for p in folder.glob("layer_*")}
     found = {int(k): p for k, p in named.items() if k.isdecimal()}
     for path in found.values():
-        if workdir.leads_out(path, folder):
+        if artifacts.leads_out(path, folder):
             raise InputError(
                 "A trained layer lies outside its folder.",
                 value=f"{path.absolute()} -> {path.resolve()}",
@@ -58,13 +58,13 @@ def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:
     save_file(tensors, folder / WEIGHTS)
     for name in (WEIGHTS, HISTORY):  # durable before the record that says that they are there
         if (folder / name).exists():
-            workdir.fsync(folder / name)
+            durable.fsync(folder / name)
     written = {
         "shape": asdict(moe.shape),
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
-        "weights": workdir.file_digest(folder / WEIGHTS),
+        "weights": artifacts.file_digest(folder / WEIGHTS),
     }
-    workdir.write_sealed(folder / CONFIG, {**record, **written})
+    artifacts.write_sealed(folder / CONFIG, {**record, **written})
 
 
 def is_complete(folder: Path) -> bool:
@@ -110,7 +110,7 @@ def load_layer(folder: Path, *, mapped: bool = False) -> tuple[SparseMoE, dict[s
 
 def read_shape(folder: Path) -> tuple[MoEShape, dict[str, Any]]:
     """Shape and record of a layer, whose weights are not read; `ArtifactError` as `load_layer`."""
-    record = workdir.read_sealed(folder / CONFIG)
+    record = artifacts.read_sealed(folder / CONFIG)
     try:
         return _sound(MoEShape(**record["shape"])), record
     except NO_SHAPE:
@@ -119,8 +119,8 @@ def read_shape(folder: Path) -> tuple[MoEShape, dict[str, Any]]:
 
 def check_weights(folder: Path) -> None:
     """Refuse weights that are not those that the layer's record vouches for: `ArtifactError`."""
-    record = workdir.read_sealed(folder / CONFIG)
-    if workdir.file_digest(folder / WEIGHTS) != record.get("weights"):
+    record = artifacts.read_sealed(folder / CONFIG)
+    if artifacts.file_digest(folder / WEIGHTS) != record.get("weights"):
         raise _unusable(folder, f"{WEIGHTS} has not the SHA-256 that {CONFIG} records")
 
 
@@ -176,5 +176,5 @@ def _unusable(folder: Path, why: str) -> ArtifactError:
         "A trained layer cannot be used.",
         value=f"{folder.absolute()}: {why}",
         rule=f"{WEIGHTS} and {CONFIG} as `train` wrote them",
-        remedy=workdir.how_to_redo(folder),
+        remedy=artifacts.how_to_redo(folder),
     )

@@ -7,7 +7,7 @@ another stage was run again, would mix what does not belong together.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline import workdir
+from pipeline import artifacts
 from pipeline.config import Config, select
 from pipeline.errors import ArtifactError
 
@@ -20,7 +20,7 @@ def check(cfg: Config, folders: Iterable[Path]) -> None:
     """
     here = select(cfg, vars(cfg))
     for folder in folders:
-        there = workdir.read_manifest(folder).get("settings", {})
+        there = artifacts.read_manifest(folder).get("settings", {})
         differing = [k for k in there if k in here and there[k] != here[k]]
         if differing:
             raise ArtifactError(
@@ -28,7 +28,7 @@ def check(cfg: Config, folders: Iterable[Path]) -> None:
                 value=f"{folder.absolute()}: "
                 + "; ".join(f"{k}: {there[k]} there, {here[k]} here" for k in differing),
                 rule="what a stage reads was made with the settings that it runs with",
-                remedy=f"{workdir.how_to_redo(folder)}, with this configuration",
+                remedy=f"{artifacts.how_to_redo(folder)}, with this configuration",
             )
 
 
@@ -43,12 +43,12 @@ def check_inputs(digests: Mapping[str, str], folders: Mapping[str, Path]) -> Non
         ArtifactError: names the artefact and its input.
     """
     for name, folder in folders.items():
-        made_from = workdir.read_manifest(folder).get("inputs", {})
+        made_from = artifacts.read_manifest(folder).get("inputs", {})
         stale = [k for k, digest in made_from.items() if digests.get(k, digest) != digest]
         if stale:
             raise ArtifactError(
                 f"{name} was made from what is no longer there.",
                 value=f"{folder.absolute()}: {', '.join(stale)} changed since",
                 rule="artefacts that are read together were made from each other",
-                remedy=workdir.how_to_redo(folder),
+                remedy=artifacts.how_to_redo(folder),
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import compose, workdir
+from pipeline import artifacts, compose, durable, workdir
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -21,7 +21,7 @@ def note(cfg: Config) -> None:
     for unit, seconds in workdir.computed.items():
         folder = workdir.scratch_root() / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(folder / f"{unit}.json", {"seconds": seconds, "configuration": plain})
+        durable.write_json(folder / f"{unit}.json", {"seconds": seconds, "configuration": plain})
 
 
 def read(root: Path) -> dict[str, tuple[float, Config]]:
@@ -29,7 +29,7 @@ def read(root: Path) -> dict[str, tuple[float, Config]]:
     found = {}
     for path in sorted((root / FOLDER).glob("*.json")):
         try:
-            kept = workdir.read_json(path)
+            kept = artifacts.read_json(path)
             cfg = compose.checked(DictConfig(kept["configuration"]))
             found[path.stem] = float(kept["seconds"]), cfg
         except (PipelineError, KeyError, TypeError):

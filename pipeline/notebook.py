@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import budget, dense, runtime, training, workdir
+from pipeline import artifacts, budget, dense, runtime, training
 from pipeline.config import MoEConfig, TrainConfig
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
@@ -73,5 +73,5 @@ def train_layer(
         start=start,
     )
     made = {"settings": {"seed": seed}, "inputs": {"store": reader.digest()}}
-    workdir.write_manifest(folder, {"module": __name__, **made})
+    artifacts.write_manifest(folder, {"module": __name__, **made})
     return moe

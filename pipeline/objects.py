@@ -25,11 +25,12 @@ import numpy as np
 from crc32c import crc32c
 
 from pipeline import preflight
+from pipeline.artifacts import read_json
+from pipeline.durable import fsync, json_bytes
 from pipeline.errors import ArtifactError, ConfigError, PipelineError, ResourceError
 from pipeline.rules import check_store_url
 from pipeline.shards import Bytes, Files, damaged, sound_chunks
 from pipeline.volume import APART
-from pipeline.workdir import fsync, json_bytes, read_json
 
 RETRY: dict[str, Any] = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 """As obstore has it by itself: it waits 0.1 s before it tries again, and longer each time."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import record, workdir
+from pipeline import artifacts, record
 from pipeline.config import Config as Settings
 from pipeline.config import EmbeddedModelConfig, select
 from pipeline.errors import InputError
@@ -186,12 +186,12 @@ def record_of(cfg: Settings, dense: Path, *, online: bool = True) -> dict[str, A
     Raises:
         InputError: there is no `config.json`, or it is of a family that is not known here.
     """
-    manifest = dense / workdir.MANIFEST
+    manifest = dense / artifacts.MANIFEST
     if manifest.is_file() and (dense / record.RECORD).is_file():
         wanted = select(cfg, DENSE_PARAMS)
-        settings = workdir.read_json(manifest).get("settings", {})
+        settings = artifacts.read_json(manifest).get("settings", {})
         if wanted.items() <= settings.items():
-            return workdir.read_json(dense / record.RECORD)
+            return artifacts.read_json(dense / record.RECORD)
     if cfg.model.embedded:
         return outline(embedded(cfg.model.embedded))
     assert cfg.model.id

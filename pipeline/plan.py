@@ -20,7 +20,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline import budget, compose, cost, measured, outline, preflight, volume, workdir
+from pipeline import (
+    artifacts,
+    budget,
+    compose,
+    cost,
+    measured,
+    outline,
+    preflight,
+    sources,
+    volume,
+    workdir,
+)
 from pipeline.config import Codec, Config, Device, Store, select
 from pipeline.cost import Cost, Sizes
 from pipeline.errors import PipelineError, ResourceError
@@ -164,11 +175,11 @@ def _there(cfg: Config) -> list[str]:
         folders = [out / f"layer_{k}" for k in cfg.model.layers] if name == "train" else [out]
         for folder in folders:
             try:
-                manifest = workdir.read_manifest(folder)
+                manifest = artifacts.read_manifest(folder)
             except PipelineError:
                 return found
             same = manifest.get("settings") == settings
-            if not same or manifest.get("code") != workdir.code_digest(module.__name__):
+            if not same or manifest.get("code") != sources.code_digest(module.__name__):
                 return found
         found.append(name)
     return found

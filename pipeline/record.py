@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import workdir
+from pipeline import artifacts
 from pipeline.config import ModelConfig
 from pipeline.errors import ArtifactError, InputError
 
@@ -21,8 +21,8 @@ WEIGHTS, CONFIG = "layer.safetensors", "config.json"  # of a trained layer
 
 def read(folder: Path) -> dict[str, Any]:
     """The record in the verified artefact `folder`."""
-    workdir.verify(folder)
-    return workdir.read_json(folder / RECORD)
+    artifacts.verify(folder)
+    return artifacts.read_json(folder / RECORD)
 
 
 def located(model_id: str) -> str:
@@ -62,7 +62,7 @@ def source(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
     local = Path(place)
     if local.is_dir():
         for name, recorded in record["digests"].items():
-            if workdir.file_digest(local / name) != recorded:
+            if artifacts.file_digest(local / name) != recorded:
                 raise ArtifactError(
                     "The dense model changed after it was recorded.",
                     value=local.absolute() / name,
@@ -91,11 +91,11 @@ def check_behind(folders: Mapping[int, Path]) -> None:
         ArtifactError: names the layer, and what to run.
     """
     for k, folder in folders.items():
-        record = workdir.read_sealed(folder / CONFIG)
+        record = artifacts.read_sealed(folder / CONFIG)
         fitted = {} if "healing" in record else record.get("behind", {})
         for j, digest in fitted.items():
             there = folders.get(int(j))
-            if there is None or workdir.file_digest(there / WEIGHTS) != digest:
+            if there is None or artifacts.file_digest(there / WEIGHTS) != digest:
                 raise ArtifactError(
                     f"Layer {k} was fitted to make up for another layer {j}.",
                     value=f"layer {j} is {there.absolute() if there else 'left dense'}",

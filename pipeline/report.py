@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, charts, workdir
+from pipeline import card, charts, durable
 from pipeline.figures import headline
 from pipeline.pages import render
 from pipeline.shape import MoEShape
@@ -44,11 +44,11 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     metrics, speed, history = content["metrics"], content["speed"], content["history"]
     rows = layer_rows(metrics)
     shown = {**content, **_derived(content), "layer_rows": rows}
-    workdir.write_json(folder / "metrics.json", metrics)
-    workdir.write_json(folder / "headline.json", headline(metrics, speed))
-    workdir.write_json(folder / "layers.json", rows)
+    durable.write_json(folder / "metrics.json", metrics)
+    durable.write_json(folder / "headline.json", headline(metrics, speed))
+    durable.write_json(folder / "layers.json", rows)
     if speed:
-        workdir.write_json(folder / "speed.json", speed)
+        durable.write_json(folder / "speed.json", speed)
     drawn = charts.draw(content, shown["resized"])
     texts = {
         "report.html": render("report.html.j2", {**shown, "pictures": drawn}),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import workdir
+from pipeline import artifacts
 from pipeline.config import MoEConfig
 from pipeline.discovery import FFNSlot, find_ffns
 from pipeline.errors import ArtifactError, ConfigError
@@ -72,7 +72,7 @@ def measure(
             remedy="set moe.budget.by=uniform",
         )
     slots = find_ffns(model)
-    kls = workdir.read_sealed(known) if known.exists() else {}
+    kls = artifacts.read_sealed(known) if known.exists() else {}
     total = sum(map(len, plans.values()))
     taken = sum(p.nbytes for p in model.parameters())
     for k, of in plans.items():
@@ -85,7 +85,7 @@ def measure(
                 place = {"device": model.device, "beside": taken}
                 moe = start_layer(ffn, plan, moe_cfg, rows, seed=seed, **place)
                 measured[name] = _finite(layer_kl(model, slots[k], moe, blocks), k, name)
-                workdir.write_sealed(known, kls)
+                artifacts.write_sealed(known, kls)
             done = sum(map(len, kls.values()))
             progress(done, total, f"layer {k} at {name}: KL {measured[name]:.4g}")
     return {int(k): of for k, of in kls.items()}

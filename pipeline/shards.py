@@ -19,8 +19,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
+from pipeline.artifacts import expose
 from pipeline.errors import ArtifactError
-from pipeline.workdir import expose
 
 # Blosc's own threads are global and not safe under ours; zarr switches them off as well.
 numcodecs.blosc.use_threads = False

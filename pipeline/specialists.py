@@ -122,7 +122,7 @@ def fit_router(
     size_D = (torch.stack(squares).sum(dim=0) / len(x_TD)).sqrt().float()
     size_D = torch.where(size_D > 0, size_D, 1.0)
     weight_SD = (router_SD * size_D).requires_grad_()
-    optimizer = torch.optim.AdamW([weight_SD], lr=ROUTER_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([weight_SD], ROUTER_RATE, weight_decay=0.01, fused=True)
     sent_T = sent_T.to(device)
     for step in range(ROUTER_STEPS):
         optimizer.param_groups[0]["lr"] = ROUTER_RATE * (1 - step / ROUTER_STEPS)

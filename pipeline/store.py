@@ -13,24 +13,22 @@ entropy allows 0.66 to 0.68) and 0.75 with the fast one (lz4 after a bit shuffle
 depends on time, path or threads: equal data and settings give equal bytes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline import commits, hierarchy, objects, shuffle
-from pipeline.commits import ARRAYS, Layout
+from pipeline import commits, objects, shuffle
+from pipeline.artifacts import file_digest
 from pipeline.config import Codec
-from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.objects import Objects
 from pipeline.shards import Files, Shard, ShardedArray, damaged, shard_key
 from pipeline.shuffle import Pair
-from pipeline.volume import APART, row_layout
-from pipeline.workdir import file_digest, remove_partials, write_bytes
+from pipeline.volume import APART
 
 MIX_CHUNKS = 32
 """Chunks that are permuted together when a split does not stay in memory: twice this many of each
@@ -77,166 +75,6 @@ def verify_apart(folder: Path, store_url: str | None) -> int:
     for path in found:
         LayerReader(path, store_url=store_url).verify()
     return len(found)
-
-
-class LayerWriter:
-    """Writes one layer's store shard by shard, in any order; a killed one is opened again."""
-
-    def __init__(self, path: Path, layout: Layout, place: Files | Objects) -> None:
-        self.path, self.layout, self.place = path, layout, place
-        self.shard_rows = layout.shard_rows
-        self.n_shards = {split: layout.n_shards(split) for split in layout.rows}
-
-    @classmethod
-    def open(
-        cls,
-        path: Path,
-        *,
-        rows: dict[str, int],
-        d_model: int,
-        dtype: torch.dtype,
-        sequence_length: int,
-        codec: Codec,
-        shard_mb: float,
-        chunk_mb: float,
-        attributes: dict[str, Any],
-        outputs_from: Path | None = None,
-        alone: bool = True,
-        store_url: str | None = None,
-    ) -> "LayerWriter":
-        """Create the store, or go on with what an interrupted run left of it.
-
-        Args:
-            rows: tokens per split.
-            dtype: bfloat16, float16 or float32.
-            sequence_length: tokens; a shard holds a whole number of sequences.
-            shard_mb, chunk_mb: wanted raw megabytes per array.
-            attributes: JSON values that say what the store was made from.
-            outputs_from: a `DenseFFN` saved beside the store, which then holds inputs alone; null
-                = it holds both.
-            alone: no other process writes shards of the store at this time; what is half-written
-                there goes.
-            store_url: the object store that takes the shards; null = this folder does.
-
-        Raises:
-            ArtifactError: the store there was begun with other settings; they are named.
-            ResourceError: the object store does not answer, or denies access.
-        """
-        assert min(rows.values()) > 0, "every split holds something"
-        row_bytes = d_model * dtype.itemsize
-        chunk_rows, shard_rows = row_layout(sequence_length, row_bytes, chunk_mb, shard_mb)
-        named = outputs_from and (outputs_from.name, file_digest(outputs_from))
-        layout = Layout(rows, d_model, dtype, sequence_length, codec, chunk_rows, shard_rows, named)
-        metadata = hierarchy.metadata(layout, attributes)
-        kept = metadata if store_url is None else metadata | objects.apart(path)
-        if not path.exists():
-            hierarchy.create(path, kept)
-        hierarchy.check(path, kept)
-        place = objects.place_of(path, store_url, create=True)
-        if isinstance(place, Objects):
-            hierarchy.create_objects(place, metadata)
-        if alone:
-            remove_partials(path)
-            remove_partials(path.parent, f"{path.name}.*.partial")
-        return cls(path, layout, place)
-
-    @classmethod
-    def reopen(cls, path: Path, store_url: str | None = None) -> "LayerWriter":
-        """That of a store as it was begun, to ask which of its shards are `committed`.
-
-        Raises:
-            ArtifactError: no store was begun there.
-        """
-        layout, _ = commits.read_attributes(path)
-        return cls(path, layout, objects.place_of(path, store_url))
-
-    def committed(self, split: str, among: Iterable[int] | None = None) -> set[int]:
-        """Shards that need not be written: every byte is read and verified.
-
-        On an object store also those that another machine has committed there.
-
-        Args:
-            among: only these are looked at; null = all.
-        """
-        numbers = range(self.n_shards[split]) if among is None else among
-        return {k for k in numbers if self._is_intact(split, k)}
-
-    def _is_intact(self, split: str, k: int) -> bool:
-        path = commits.commit_path(self.path, split, k)
-        try:
-            commit = commits.read_commit(path) if path.exists() else self._commit_there(split, k)
-            if commit is None:
-                return False
-            commits.check_commit(path, commit, self.layout, split, k)
-            for key, recorded in commit["objects"].items():
-                there = self.place if key in self.layout.shard_files(split, k) else Files(self.path)
-                commits.check_object(there, key, recorded)
-        except ArtifactError:
-            return False
-        if isinstance(self.place, Objects):
-            self._write_commit(split, k, commit)
-        return True
-
-    def _commit_there(self, split: str, k: int) -> commits.Commit | None:
-        """That of the object store, where another machine wrote it or this one lost its own."""
-        key = commits.commit_key(split, k)
-        if not isinstance(self.place, Objects) or self.place.size(key) is None:
-            return None
-        return commits.parse_commit(self.place.content(key).tobytes(), self.place, key)
-
-    def _write_commit(self, split: str, k: int, commit: commits.Commit) -> None:
-        """On the object store and here, wherever it is not there yet."""
-        path, key = commits.commit_path(self.path, split, k), commits.commit_key(split, k)
-        written = commits.encode(commit)
-        if isinstance(self.place, Objects) and self.place.size(key) != len(written):
-            self.place.put(key, written)
-        if not path.exists():
-            write_bytes(path, written)
-
-    def write_shard(self, split: str, k: int, ffn_input: Tensor, ffn_output: Tensor) -> None:
-        """Write rows `shard_range(k)` of every array; durable and committed on return.
-
-        The output is held against the same rules where it is not kept.
-
-        Args:
-            ffn_input, ffn_output: CPU tensors (rows of the shard, d_model) of the store's dtype.
-
-        Raises:
-            InputError: a value is NaN or infinite.
-        """
-        start, stop = self.layout.shard_range(split, k)
-        pairs = list(zip(ARRAYS, (ffn_input, ffn_output), strict=True))
-        for name, rows in pairs:
-            assert rows.shape == (stop - start, self.layout.d_model), rows.shape
-            assert rows.dtype == self.layout.dtype, rows.dtype
-            self._check_finite(rows, split, k, name)
-        # zarr would merge into a shard that it finds, and an existing file may be a hard link.
-        commits.commit_path(self.path, split, k).unlink(missing_ok=True)
-        for key in (commits.commit_key(split, k), *self.layout.shard_files(split, k)):
-            if self.place.size(key) is not None:
-                self.place.delete(key)
-        shards = {}
-        for name, rows in pairs[: len(self.layout.arrays)]:
-            shards |= hierarchy.write_rows(self.place, self.layout, f"{split}/{name}", start, rows)
-        self._write_commit(split, k, commits.make_commit(self.path, self.layout, split, k, shards))
-
-    def _check_finite(self, rows: Tensor, split: str, k: int, name: str) -> None:
-        # 10 times as fast as isfinite().all(): one pass, no mask; NaN goes through to both ends.
-        low, high = rows.aminmax()
-        if low.isfinite() and high.isfinite():
-            return
-        row, channel = (~rows.isfinite()).nonzero()[0].tolist()
-        token = self.layout.shard_range(split, k)[0] + row
-        remedy = "remove the text that causes it, or load the dense model with model.dtype=float32"
-        if self.layout.dtype is torch.float16:
-            remedy = "set capture.dtype=bfloat16, which has the range of float32"
-        raise InputError(
-            f"An activation cannot be stored in {self.path.name}.",
-            value=f"{rows[row, channel].item()} in split {split}, shard {k}, array {name}, "
-            f"at token {token}, channel {channel}",
-            rule=f"every activation is a finite {str(self.layout.dtype).removeprefix('torch.')}",
-            remedy=remedy,
-        )
 
 
 class LayerReader:

@@ -7,7 +7,7 @@ an artefact that has lost its own.
 
 from pathlib import Path
 
-from pipeline import compose, workdir
+from pipeline import artifacts, compose
 from pipeline.errors import ArtifactError
 from pipeline.volume import APART
 
@@ -29,19 +29,19 @@ def verify(folder: Path) -> None:
     Raises:
         ArtifactError: there is none, or one is damaged; it names the file and what makes it again.
     """
-    sealed = sorted(path.parent for path in folder.rglob(workdir.MANIFEST))
+    sealed = sorted(path.parent for path in folder.rglob(artifacts.MANIFEST))
     bare = _without_manifest(folder, set(sealed))
     if not sealed and not bare:
         raise ArtifactError(
             "There is no artefact to verify.",
             value=folder.absolute(),
-            rule=f"an artefact is a folder with a {workdir.MANIFEST}",
+            rule=f"an artefact is a folder with a {artifacts.MANIFEST}",
             remedy="name a folder that holds artefacts, for example stages",
         )
     damaged: list[ArtifactError] = []
     for artefact in sorted({*sealed, *bare}):
         try:
-            workdir.verify(artefact)
+            artifacts.verify(artefact)
             print(f"ok       {artefact}{_objects(artefact)}")
         except ArtifactError as error:
             damaged.append(error)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from pipeline import preflight, workdir
+from pipeline import artifacts, durable, preflight
 from pipeline.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -128,7 +128,7 @@ def _files(source: str, revision: str | None) -> list[Path]:
     single, index = get(SINGLE), get(INDEX)
     if single or not index:
         return [single] if single else []
-    names = sorted(set(workdir.read_json(index)["weight_map"].values()))
+    names = sorted(set(artifacts.read_json(index)["weight_map"].values()))
     return [path for path in map(get, names) if path]
 
 
@@ -184,7 +184,7 @@ def write(
         assert not places, f"not given: {', '.join(places)}"
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        workdir.write_json(folder / INDEX, index)
+        durable.write_json(folder / INDEX, index)
     return written
 
 

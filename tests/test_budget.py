@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_start import DYNAMIC
 
-from pipeline import budget, compose, workdir
+from pipeline import artifacts, budget, compose, durable
 from pipeline.config import (
     BudgetBy,
     BudgetConfig,
@@ -429,8 +429,8 @@ def test_candidates_below_the_experts_of_a_token_are_refused(project: Path):
 def test_a_uniform_budget_needs_neither_torch_nor_a_capture(project: Path):
     dense = Path("stages/dense")
     dense.mkdir(parents=True)
-    workdir.write_json(dense / "dense.json", record_of(512, 512))
-    workdir.write_manifest(dense, {"module": "pipeline.stages.dense", "settings": {}})
+    durable.write_json(dense / "dense.json", record_of(512, 512))
+    artifacts.write_manifest(dense, {"module": "pipeline.stages.dense", "settings": {}})
     code = (
         "import sys\n"
         "from pipeline import compose\n"
@@ -441,7 +441,7 @@ def test_a_uniform_budget_needs_neither_torch_nor_a_capture(project: Path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
-    plan = workdir.read_json(Path("stages/budget/layer_1.json"))
+    plan = artifacts.read_json(Path("stages/budget/layer_1.json"))
     assert plan["shape"]["d_ff_expert"] == 256 and "budget" not in plan
     assert {p.name for p in Path("stages/budget").iterdir()} == {
         "layer_0.json",

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from pipeline import capture, corpus, dense, workdir
+from pipeline import artifacts, capture, corpus, dense, durable
 from pipeline.activations import INPUT, OUTPUT, hook_ffn, record_ffn
 from pipeline.config import CaptureConfig, Codec, Config, DataConfig, Dtype, TokensConfig
 from pipeline.documents import Document
@@ -506,7 +506,7 @@ def upstream(project: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     model = tiny(layers=2, vocab_size=300)
     model.save_pretrained(DENSE / "model")
     tokenizer.save_pretrained(DENSE / "model")
-    workdir.write_json(DENSE / "dense.json", {"revision": None, "digests": {}})
+    durable.write_json(DENSE / "dense.json", {"revision": None, "digests": {}})
     (project / "text.txt").write_text("\n".join(d.text for d in documents))
     data = DataConfig(files=[str(project / "text.txt")], shifted_files=[], sequence_length=LENGTH)
     data.tokens = TokensConfig(train=128, validation=64, heldout=64, shifted=64)
@@ -528,7 +528,7 @@ def save(split: str, tokens: Tensor) -> None:
 
 def seal() -> None:
     for folder in (DENSE, TOKENS):
-        workdir.write_manifest(folder, {})
+        artifacts.write_manifest(folder, {})
 
 
 def test_the_stage_stores_bf16_and_no_more_heldout_than_configured(upstream: Config):
@@ -538,7 +538,7 @@ def test_the_stage_stores_bf16_and_no_more_heldout_than_configured(upstream: Con
     assert reader.dtype is torch.bfloat16
     assert reader.rows == {"train": 128, "validation": 64, "heldout": 3 * LENGTH}
     assert reader.attributes == {
-        k: workdir.digest(v) for k, v in (("dense", DENSE), ("tokens", TOKENS))
+        k: artifacts.digest(v) for k, v in (("dense", DENSE), ("tokens", TOKENS))
     }
 
 

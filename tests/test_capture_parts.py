@@ -13,13 +13,14 @@ import test_capture
 import transformers as tf
 from test_capture import files
 
-from pipeline import capture, locks, workdir
+from pipeline import artifacts, capture, locks
 from pipeline.config import Config, Dtype, Store
 from pipeline.errors import ArtifactError, ResourceError
 from pipeline.locks import Part
 from pipeline.stages import CAPTURE
 from pipeline.stages import capture as stage
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 upstream = test_capture.upstream
 SHARDS = 16
@@ -104,7 +105,7 @@ def test_parts_one_after_the_other_give_the_bytes_of_one_run(
     wanted = whole(cfg)
     for i in order:
         work = run(cfg, (i, 3))
-        assert (work / workdir.MANIFEST).exists() == (i == order[-1])
+        assert (work / artifacts.MANIFEST).exists() == (i == order[-1])
     assert files(work) == wanted
     loads.clear()
     assert stage.run(cfg) == CAPTURE
@@ -163,7 +164,7 @@ def test_a_run_that_finds_every_shard_and_no_manifest_seals_without_a_model(
     """What a kill between the last commit and the manifest leaves."""
     wanted = files(run(cfg, None))
     for part in (None, (2, 2)):
-        (work := run(cfg, None)).joinpath(workdir.MANIFEST).unlink()
+        (work := run(cfg, None)).joinpath(artifacts.MANIFEST).unlink()
         loads.clear()
         assert files(run(cfg, part)) == wanted and files(work) == wanted
         assert not loads
@@ -189,7 +190,7 @@ def test_a_damaged_shard_is_not_sealed_and_its_part_writes_it_again(cfg: Config)
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     run(cfg, (2, 2))
-    assert not (work / workdir.MANIFEST).exists()
+    assert not (work / artifacts.MANIFEST).exists()
     run(cfg, (1, 2))
     assert files(work) == wanted
 
@@ -197,7 +198,7 @@ def test_a_damaged_shard_is_not_sealed_and_its_part_writes_it_again(cfg: Config)
 def test_a_part_makes_a_damaged_manifest_again(cfg: Config):
     wanted = files(run(cfg, None))
     work = run(cfg, None)
-    (work / workdir.MANIFEST).write_text("{}")
+    (work / artifacts.MANIFEST).write_text("{}")
     run(cfg, (2, 3))
     assert files(work) == wanted
 
@@ -208,7 +209,7 @@ def test_an_ffn_that_is_not_the_one_of_a_store_of_inputs_is_not_sealed(cfg: Conf
     shutil.copy(work / "ffn_1.safetensors", work / "ffn_0.safetensors")
     with pytest.raises(ArtifactError, match="outputs_from"):
         run(cfg, (2, 2))
-    assert not (work / workdir.MANIFEST).exists()
+    assert not (work / artifacts.MANIFEST).exists()
 
 
 # Beside others

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from test_report import content, of_encoder, shown, timed
 
-from pipeline import card, compose, hub, pages, report, workdir
+from pipeline import artifacts, card, compose, hub, pages, report
 from pipeline.errors import ConfigError, ResourceError
 
 TOKEN = "hf_thisIsNoToken0123456789"
@@ -272,7 +272,7 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     (folder / "config.json").write_text("{}")
     (folder / "README.md").write_text("# without figures\n")
-    workdir.write_manifest(folder, {"module": "pipeline.stages.convert", "settings": {}})
+    artifacts.write_manifest(folder, {"module": "pipeline.stages.convert", "settings": {}})
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# with figures\n")
     return folder
 
@@ -335,7 +335,7 @@ def test_without_a_network_nothing_is_pushed_and_the_checkpoint_stays(checkpoint
     with pytest.raises(ResourceError, match="HF_HUB_OFFLINE") as refusal:
         hub.push(checkpoint, checkpoint.parent / "README.md", "owner/sparse")
     assert refusal.value.exit_code == 4
-    workdir.verify(checkpoint)
+    artifacts.verify(checkpoint)
 
 
 def test_a_damaged_checkpoint_is_not_pushed(checkpoint: Path):

@@ -22,7 +22,7 @@ from test_start import DYNAMIC
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from pipeline import budget, checkpoint, dense, hosts, proof, workdir
+from pipeline import artifacts, budget, checkpoint, dense, durable, hosts, proof
 from pipeline.capture import capture_activations
 from pipeline.config import (
     CaptureConfig,
@@ -176,7 +176,7 @@ def start_layers(model: tf.PreTrainedModel, moe: MoEConfig, folder: Path, scratc
         layer = start_layer(ffn, plan, moe, LayerReader(scratch / f"layer_{k}.zarr"), seed=0)
         (folder / f"layer_{k}").mkdir(parents=True)
         save_layer(layer, folder / f"layer_{k}", {"layer": k, "host": plan["host"]})
-        workdir.write_manifest(folder / f"layer_{k}", {"module": "pipeline.stages.train"})
+        artifacts.write_manifest(folder / f"layer_{k}", {"module": "pipeline.stages.train"})
 
 
 def prepare(root: Path, case: Case) -> Folders:
@@ -272,7 +272,7 @@ def test_logits_show_every_setting_that_must_survive(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_assemble_of_an_exact_start_has_the_dense_logits_when_reloaded(name: str, converted):
-    shape = MoEShape(**workdir.read_json(converted(name).layers / "layer_0/config.json")["shape"])
+    shape = MoEShape(**artifacts.read_json(converted(name).layers / "layer_0/config.json")["shape"])
     assert is_exact(shape, "slice", CASES[name].moe)
     assert_equal_logits(load(converted(name).sparse), load(converted(name).dense))
 
@@ -500,8 +500,10 @@ def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(tm
     nn.init.normal_(whole.bert.encoder.layer[0].output.dense.bias)
     whole.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
-    described = workdir.read_json(tmp_path / "dense/config.json") | {"architectures": ["BertModel"]}
-    workdir.write_json(tmp_path / "dense/config.json", described)
+    described = artifacts.read_json(tmp_path / "dense/config.json") | {
+        "architectures": ["BertModel"]
+    }
+    durable.write_json(tmp_path / "dense/config.json", described)
     model = dense.load_model(str(tmp_path / "dense"))
     kind = {"activation": "gelu", "gated": False, "bias": True, "d_ff_shared": 8}
     for k in (0, 1):
@@ -551,9 +553,9 @@ def test_a_fresh_process_writes_nothing_into_the_cache_of_transformers(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["layers-left-dense", "expert-widths", "gpt2-biases"])
 def test_assemble_records_every_sparse_layer_in_the_configuration(name: str, own):
-    config = workdir.read_json(own(name).sparse / "config.json")
+    config = artifacts.read_json(own(name).sparse / "config.json")
     trained = {
-        k: MoEShape(**workdir.read_json(path / "config.json")["shape"])
+        k: MoEShape(**artifacts.read_json(path / "config.json")["shape"])
         for k, path in own(name).layer_folders().items()
     }
     slots = dense.find_ffns(load(own(name).dense))
@@ -691,9 +693,9 @@ def rename_a_tensor(folder: Path) -> None:
 
 
 def widen(folder: Path) -> None:
-    record = workdir.read_json(folder / "config.json")
+    record = artifacts.read_json(folder / "config.json")
     record["shape"]["d_ff_expert"] = 24
-    workdir.write_json(folder / "config.json", record)
+    durable.write_json(folder / "config.json", record)
 
 
 def lose_weights(folder: Path) -> None:
@@ -735,7 +737,7 @@ def refused(folders: Folders, layers: dict[int, Path], error: type[Exception], m
 def test_assemble_refuses_layers_trained_for_different_hosts(prepared: Folders, tmp_path: Path):
     shutil.copytree(prepared.layers, tmp_path / "layers")
     path = tmp_path / "layers/layer_1/config.json"
-    workdir.write_sealed(path, workdir.read_sealed(path) | {"host": "another"})
+    artifacts.write_sealed(path, artifacts.read_sealed(path) | {"host": "another"})
     layers = layer_folders(tmp_path / "layers")
     refused(prepared, layers, InputError, "layer 0: mixtral, layer 1: another")
 
@@ -780,9 +782,9 @@ def test_assemble_refuses_layers_trained_under_another_router_function(
 ):
     shutil.copytree(prepared.layers, tmp_path / "layers")
     path = tmp_path / "layers/layer_1/config.json"
-    record = workdir.read_sealed(path)
+    record = artifacts.read_sealed(path)
     record["shape"]["router_function"] = "sigmoid"
-    workdir.write_sealed(path, record)
+    artifacts.write_sealed(path, record)
     layers = layer_folders(tmp_path / "layers")
     refused(prepared, layers, InputError, "layer 0: softmax_topk, layer 1: sigmoid")
 
@@ -818,7 +820,7 @@ def test_convert_alone_writes_its_output_and_nothing_else(prepared: Folders, tmp
     )
     assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
     assert (tmp_path / "sparse" / "model.safetensors.index.json").is_file()
-    assert workdir.verify(tmp_path / "sparse")["module"] == "pipeline.stages.convert"
+    assert artifacts.verify(tmp_path / "sparse")["module"] == "pipeline.stages.convert"
     assert_equal_logits(load(tmp_path / "sparse"), load(prepared.dense))
 
 
@@ -890,7 +892,7 @@ def test_convert_alone_refuses_to_replace_what_is_no_conversion(tmp_path: Path, 
         output.mkdir()
         (output / "notes.txt").write_text("precious")
     if content == "of another stage":
-        workdir.write_manifest(output, {"module": "pipeline.stages.dense"})
+        artifacts.write_manifest(output, {"module": "pipeline.stages.dense"})
     with pytest.raises(ConfigError, match=f"convert.output={output}"):
         alone_into(output, tmp_path)
     kept = output if output.is_file() else output / "notes.txt"
@@ -903,6 +905,6 @@ def test_convert_alone_may_replace_what_is_empty_or_a_conversion(tmp_path: Path,
     output = tmp_path / "output"
     output.mkdir()
     if content == "an earlier conversion":
-        workdir.write_manifest(output, {"module": "pipeline.stages.convert"})
+        artifacts.write_manifest(output, {"module": "pipeline.stages.convert"})
     with pytest.raises(InputError, match="no trained layers"):
         alone_into(output, tmp_path)

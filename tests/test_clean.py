@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import clean, compose, workdir
+from pipeline import artifacts, clean, compose, locks, workdir
 from pipeline.config import select
 from pipeline.errors import ConfigError
 from pipeline.objects import Objects, captures
@@ -33,7 +33,9 @@ def made(out: str, *overrides: str, publish: bool = True, content: str = "x" * 1
         lock_wait_s=1,
         published=publish,
     )
-    (work,) = {p for p in Path(".scratch").glob("*/*") if (p / workdir.MANIFEST).is_file()} - before
+    (work,) = {
+        p for p in Path(".scratch").glob("*/*") if (p / artifacts.MANIFEST).is_file()
+    } - before
     return work
 
 
@@ -63,7 +65,7 @@ def test_work_of_another_configuration_goes_and_what_is_published_or_fits_stays(
     clean.clean(dry_run=False, yes=True, everything=False)
     assert published.is_dir() and fitting.is_dir() and not old.exists()
     assert state(Path("stages")) == outputs
-    workdir.verify(Path("stages/tokens"))
+    artifacts.verify(Path("stages/tokens"))
 
 
 def test_the_last_work_of_this_configuration_goes_only_with_all_and_outputs_never():
@@ -75,13 +77,13 @@ def test_the_last_work_of_this_configuration_goes_only_with_all_and_outputs_neve
     clean.clean(dry_run=False, yes=True, everything=True)
     assert not work.exists() and not Path(".scratch/measured").exists()
     assert state(Path("stages")) == outputs
-    workdir.verify(Path("stages/tokens"))
+    artifacts.verify(Path("stages/tokens"))
 
 
 def test_work_of_other_code_goes():
     work = made("stages/tokens", publish=False)
-    manifest = json.loads((work / workdir.MANIFEST).read_text())
-    (work / workdir.MANIFEST).write_text(json.dumps(manifest | {"code": "0" * 64}))
+    manifest = json.loads((work / artifacts.MANIFEST).read_text())
+    (work / artifacts.MANIFEST).write_text(json.dumps(manifest | {"code": "0" * 64}))
     (item,) = clean.survey(compose.load([]))
     assert item.goes and item.why == "finished by other code"
 
@@ -104,7 +106,7 @@ def test_work_whose_lock_is_held_stays_even_with_all(capsys: pytest.CaptureFixtu
     holder = os.fork()
     if holder == 0:
         os.close(write)
-        with workdir.lock(Path(".scratch/locks/tokens-" + "0" * 16), 1):
+        with locks.lock(Path(".scratch/locks/tokens-" + "0" * 16), 1):
             os.write(1, b"")
             Path("held").touch()
             os.read(read, 1)  # until the parent closes its end
@@ -124,7 +126,7 @@ def test_work_that_a_run_takes_while_the_user_thinks_is_left():
     (item,) = clean.survey(compose.load([]), everything=True)
     pid = os.fork()
     if pid == 0:  # a lock is re-entrant within its process
-        with workdir.lock(Path(".scratch/locks/tokens-" + "0" * 16), 1):
+        with locks.lock(Path(".scratch/locks/tokens-" + "0" * 16), 1):
             grandchild = os.fork()
             if grandchild == 0:
                 os._exit(0 if clean._remove(item) is False and work.is_dir() else 1)

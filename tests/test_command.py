@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import command, compose, workdir
+from pipeline import artifacts, command, compose
 
 
 def ended(action: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +81,7 @@ def test_a_signal_ends_a_command_with_130_and_says_how_to_go_on(number: signal.S
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.parametrize("name", ["config", *workdir.STAGES])
+@pytest.mark.parametrize("name", ["config", *artifacts.STAGES])
 def test_help_of_a_stage_says_what_it_reads_writes_and_costs_with_examples(name: str):
     help_ = [sys.executable, "-m", f"pipeline.stages.{name}", "--help"]
     done = subprocess.run(help_, capture_output=True, text=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import completion, workdir
+from pipeline import completion, sources
 
 COMPOSE = "python -m pipeline compose "
 
@@ -64,7 +64,7 @@ def test_outside_a_project_settings_are_completed_and_layers_and_groups_are_not(
 
 
 def test_the_stages_are_those_of_the_package():
-    assert {path.stem for path in (workdir.PACKAGE / "stages").glob("[a-z]*.py")} == set(
+    assert {path.stem for path in (sources.PACKAGE / "stages").glob("[a-z]*.py")} == set(
         completion.STAGES
     )
 

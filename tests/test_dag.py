@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import compose, workdir
+from pipeline import compose, sources
 from pipeline.config import leaves, select
 
 PROJECT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def test_the_dag_has_the_stages_of_the_package():
 @pytest.mark.parametrize("name", NAMES)
 def test_deps_are_the_import_closure_of_the_stage(name: str):
     closure = {
-        str(path.relative_to(PROJECT)) for path in workdir.import_closure(f"pipeline.stages.{name}")
+        str(path.relative_to(PROJECT)) for path in sources.import_closure(f"pipeline.stages.{name}")
     }
     listed = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py")}
     assert listed == closure

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from pipeline import dense, record, workdir
+from pipeline import artifacts, dense, durable, record
 from pipeline.errors import ConfigError, InputError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -83,10 +83,10 @@ def test_load_model_keeps_the_head_of_a_causal_lm_alone(
 ):
     config = tiny(family, meta=True, **HEADLESS.get(family, {})).config
     getattr(tf, architecture or loaded)(config).save_pretrained(tmp_path)
-    written = workdir.read_json(tmp_path / "config.json") | {
+    written = artifacts.read_json(tmp_path / "config.json") | {
         "architectures": architecture and [architecture]
     }
-    workdir.write_json(tmp_path / "config.json", written)
+    durable.write_json(tmp_path / "config.json", written)
     assert type(dense.load_model(str(tmp_path))).__name__ == loaded
     assert dense.inspect(str(tmp_path))["family"] == config.model_type
 

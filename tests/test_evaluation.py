@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pipeline
-from pipeline import comparison, corpus, evaluation, speed, workdir
+from pipeline import artifacts, comparison, corpus, durable, evaluation, speed
 from pipeline.config import Codec, EvaluateConfig
 from pipeline.controls import OracleMoE
 from pipeline.discovery import find_ffns
@@ -27,7 +27,8 @@ from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.pretrain import train_tokenizer
 from pipeline.router import TokenChoice
 from pipeline.shape import MoEShape
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 D, LENGTH = 16, 8
 SHAPE = MoEShape(D, 32, 16, 4, 2, "silu", True, False, "softmax_topk")
@@ -569,7 +570,7 @@ def parts(tmp_path: Path, tokenizer) -> dict[str, Any]:
     for name, n in {"train": 4, "validation": 2, "heldout": 3, "shifted": 2}.items():
         save_file({"tokens": blocks(n).int()}, tokens / f"{name}.safetensors")
         counts[name] = {"blocks": n, "tokens": n * LENGTH, "bytes": 50 * n, "budget": 99}
-    workdir.write_json(tokens / corpus.RECORD, {"sequence_length": LENGTH, "splits": counts})
+    durable.write_json(tokens / corpus.RECORD, {"sequence_length": LENGTH, "splits": counts})
     layers, stores = {}, {}
     for k in (0, 1):
         layers[k] = tmp_path / f"layer_{k}"
@@ -602,7 +603,7 @@ def test_measure_judges_so_many_batches_of_each_text(
 def test_measure_gives_everything_that_the_report_tells(parts: dict[str, Any]):
     tokens, stores, tokenizer = parts["tokens"], parts["stores"], parts["tokenizer"]
     dense, sparse = parts["dense"], parts["sparse"]
-    counts = workdir.read_json(tokens / corpus.RECORD)["splits"]
+    counts = artifacts.read_json(tokens / corpus.RECORD)["splits"]
     cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=3)
     found = evaluation.measure(**parts, cfg=cfg)
     assert found.keys() == {"metrics", "layers", "history", "samples", "tokens"}

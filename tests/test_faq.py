@@ -13,13 +13,16 @@ from test_start import dense_ffn, write_store
 from test_training import fit
 
 from pipeline import (
+    artifacts,
     budget,
     command,
     compose,
     corpus,
     dense,
     documents,
+    durable,
     lineage,
+    locks,
     objects,
     prefill,
     preflight,
@@ -104,7 +107,7 @@ def no_gpu(project: Path, patch: pytest.MonkeyPatch) -> None:
 
 def locked(project: Path, patch: pytest.MonkeyPatch) -> None:
     path = Path(".scratch/locks/train-layer_0")
-    with workdir.lock(path, 0), workdir.lock(path, 0):
+    with locks.lock(path, 0), locks.lock(path, 0):
         pass
 
 
@@ -145,9 +148,9 @@ def lost(out: Path, error: Exception) -> Provocation:
 def damaged(project: Path, patch: pytest.MonkeyPatch) -> None:
     (project / "made").mkdir()
     (project / "made" / "file").write_text("one")
-    workdir.write_manifest(project / "made", {})
+    artifacts.write_manifest(project / "made", {})
     (project / "made" / "file").write_text("two")
-    workdir.verify(project / "made")
+    artifacts.verify(project / "made")
 
 
 def damaged_store(project: Path, patch: pytest.MonkeyPatch) -> None:
@@ -162,15 +165,15 @@ def changed_model(project: Path, patch: pytest.MonkeyPatch) -> None:
     (project / "model" / "config.json").write_text("{}")
     DENSE.mkdir(parents=True)
     digests = {"config.json": "0" * 64}
-    workdir.write_json(DENSE / "dense.json", {"digests": digests, "revision": None})
-    workdir.write_manifest(DENSE, {})
+    durable.write_json(DENSE / "dense.json", {"digests": digests, "revision": None})
+    artifacts.write_manifest(DENSE, {})
     cfg = compose.load(["model=pretrained", f"model.id={project / 'model'}", "model.layers=[0]"])
     record.source(cfg.model, DENSE)
 
 
 def shards_elsewhere(project: Path, patch: pytest.MonkeyPatch) -> None:
     write_store(project / "layer_0.zarr", dense_ffn())
-    workdir.write_json(project / "layer_0.zarr" / "shards.json", {"below": "print/layer_0.zarr"})
+    durable.write_json(project / "layer_0.zarr" / "shards.json", {"below": "print/layer_0.zarr"})
     store.digest(project / "layer_0.zarr")
     store.LayerReader(project / "layer_0.zarr")
 
@@ -186,7 +189,7 @@ def no_server(project: Path, patch: pytest.MonkeyPatch) -> None:
 
 def other_settings(project: Path, patch: pytest.MonkeyPatch) -> None:
     TOKENS.mkdir(parents=True)
-    workdir.write_manifest(TOKENS, {"settings": select(compose.load([]), ["data"])})
+    artifacts.write_manifest(TOKENS, {"settings": select(compose.load([]), ["data"])})
     lineage.check(compose.load(["data.sequence_length=16"]), [TOKENS])
 
 
@@ -195,7 +198,7 @@ def behind_another(project: Path, patch: pytest.MonkeyPatch) -> None:
         folder = project / f"layer_{k}"
         folder.mkdir()
         (folder / record.WEIGHTS).write_bytes(b"")
-        workdir.write_sealed(folder / record.CONFIG, {"behind": behind})
+        artifacts.write_sealed(folder / record.CONFIG, {"behind": behind})
     record.check_behind({k: project / f"layer_{k}" for k in (0, 1)})
 
 

@@ -17,7 +17,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_checkpoint import tiny, tokenizer
 
-from pipeline import assembly, checkpoint, compose, dense, evaluation, workdir
+from pipeline import artifacts, assembly, checkpoint, compose, dense, durable, evaluation
 from pipeline.activations import record_ffn
 from pipeline.config import Dtype, HealConfig
 from pipeline.errors import ArtifactError, InputError
@@ -504,7 +504,7 @@ SETTINGS = [
 
 
 def seal(folder: Path, **settings: Any) -> None:
-    workdir.write_manifest(folder, {"module": "test", "settings": settings})
+    artifacts.write_manifest(folder, {"module": "test", "settings": settings})
 
 
 @pytest.fixture
@@ -514,7 +514,7 @@ def before_heal(project: Path, model) -> Path:
     model.save_pretrained(DENSE / "model")
     tokenizer().save_pretrained(DENSE / "model")
     described = {"digests": {}, "revision": None, **dense.describe(model)}
-    workdir.write_json(DENSE / "dense.json", described)
+    durable.write_json(DENSE / "dense.json", described)
     seal(DENSE, **{"model.name": "pico"})
     TOKENS.mkdir()
     for name, blocks in BLOCKS.items():
@@ -545,11 +545,11 @@ def test_stage_without_tokens_writes_only_its_marker_and_needs_no_torch(before_h
 def test_stage_heals_the_layers_and_their_static_controls(before_heal):
     cfg = compose.load(SETTINGS)
     heal.run(cfg)
-    workdir.verify(HEAL)
+    artifacts.verify(HEAL)
     assert final_layers([0, 1]) == {k: HEAL / f"layer_{k}" for k in (0, 1)}
     for k in (0, 1):
-        manifest = workdir.verify(HEAL / f"layer_{k}")
-        assert manifest["fingerprint"] == workdir.verify(HEAL)["fingerprint"]
+        manifest = artifacts.verify(HEAL / f"layer_{k}")
+        assert manifest["fingerprint"] == artifacts.verify(HEAL)["fingerprint"]
         settings = manifest["settings"]
         assert settings["train.epochs"] == 2 and settings["heal.tokens"] == cfg.heal.tokens
         assert healing_of(HEAL, k)["steps"] == healing_of(HEAL / "static", k)["steps"] == 8
@@ -588,15 +588,15 @@ def test_convert_runs_again_when_only_the_norms_were_healed_otherwise(before_hea
     cfg = compose.load(SETTINGS)
     heal.run(cfg)
     convert.run(cfg)
-    first = json.loads((CONVERT / workdir.MANIFEST).read_text())["fingerprint"]
+    first = json.loads((CONVERT / artifacts.MANIFEST).read_text())["fingerprint"]
     norms = {name: 2 * t for name, t in load_file(HEAL / assembly.NORMS).items()}
-    identity = json.loads((HEAL / workdir.MANIFEST).read_text())
+    identity = json.loads((HEAL / artifacts.MANIFEST).read_text())
     shutil.copytree(HEAL, "copy")  # a published file is a hard link
     save_file(norms, Path("copy") / assembly.NORMS)
-    workdir.write_manifest(Path("copy"), identity)
+    artifacts.write_manifest(Path("copy"), identity)
     shutil.rmtree(HEAL)
     shutil.move("copy", HEAL)
     convert.run(cfg)
-    assert json.loads((CONVERT / workdir.MANIFEST).read_text())["fingerprint"] != first
+    assert json.loads((CONVERT / artifacts.MANIFEST).read_text())["fingerprint"] != first
     found = load_file(CONVERT / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in norms.items())

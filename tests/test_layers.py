@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_start import D, F, dense_ffn, plan_of
 
-from pipeline import workdir
+from pipeline import artifacts
 from pipeline.errors import ArtifactError, InputError
 from pipeline.layers import (
     CONFIG,
@@ -46,8 +46,8 @@ def saved(folder: Path, gated: bool = True, bias: bool = False) -> SparseMoE:
 def seal(folder: Path, **changed: Any) -> None:
     """Make the record vouch for itself and for the weights that lie there now."""
     record = json.loads((folder / CONFIG).read_text())
-    record |= {"weights": workdir.file_digest(folder / WEIGHTS), **changed}
-    workdir.write_sealed(folder / CONFIG, record)
+    record |= {"weights": artifacts.file_digest(folder / WEIGHTS), **changed}
+    artifacts.write_sealed(folder / CONFIG, record)
 
 
 def refusal(folder: Path) -> str:
@@ -60,7 +60,7 @@ def refusal(folder: Path) -> str:
 def test_layer_is_read_as_it_was_written(tmp_path, gated, bias):
     moe = saved(tmp_path, gated, bias)
     found, record = load_layer(tmp_path)
-    digest = workdir.file_digest(tmp_path / WEIGHTS)
+    digest = artifacts.file_digest(tmp_path / WEIGHTS)
     assert record == {**record_of(gated, bias), "dtype": "float32", "weights": digest}
     assert found.shape == moe.shape
     torch.testing.assert_close(found.state_dict(), moe.state_dict(), rtol=0, atol=0)

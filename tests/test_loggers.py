@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import command, compose, loggers, workdir
+from pipeline import artifacts, command, compose, loggers
 from pipeline.config import Logger, RuntimeConfig
 from pipeline.errors import ConfigError
 from pipeline.stages import heal, train
@@ -74,16 +74,16 @@ def test_the_logger_changes_no_byte_of_a_layer_and_no_fingerprint(captured_proje
     with contextlib.chdir(captured_project):
         cfg = compose.load([])
         train.run(cfg, 0)
-        before = workdir.digest(Path("stages/train/layer_0"))
+        before = artifacts.digest(Path("stages/train/layer_0"))
         works = set(Path(".scratch/train-layer_0").iterdir())
         cfg.runtime.logger = Logger.dvclive
         train.run(cfg, 0)
         assert set(Path(".scratch/train-layer_0").iterdir()) == works
-        assert workdir.digest(Path("stages/train/layer_0")) == before
+        assert artifacts.digest(Path("stages/train/layer_0")) == before
 
 
 def test_no_stage_has_the_runtime_in_its_fingerprint():
-    for name in workdir.STAGES:
+    for name in artifacts.STAGES:
         keys = importlib.import_module(f"pipeline.stages.{name}").PARAMS
         assert not [key for key in keys if key.startswith("runtime")]
 

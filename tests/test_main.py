@@ -11,7 +11,7 @@ import pytest
 import transformers as tf
 import yaml
 
-from pipeline import refusals, workdir
+from pipeline import artifacts, refusals
 from pipeline.__main__ import TOOLS, main, parser
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -140,7 +140,7 @@ def test_verify_ends_with_5_and_names_the_damaged_file(
     for name in ("whole", "damaged"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("content")
-        workdir.write_manifest(tmp_path / name, {})
+        artifacts.write_manifest(tmp_path / name, {})
     assert run("verify", str(tmp_path)) == 0
     (tmp_path / "damaged" / "a.txt").write_text("contenT")
     assert run("verify", str(tmp_path)) == 5

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from pipeline import dense, modeling, workdir
+from pipeline import dense, modeling, sources
 from pipeline.ffn import ACTIVATIONS
 from pipeline.modeling import modeling_sparse_distilled as ours
 from pipeline.moe import SparseMoE, fit_thresholds
@@ -347,7 +347,7 @@ def test_a_path_that_the_dense_model_lacks_is_refused():
 
 
 def test_the_file_imports_torch_and_transformers_and_nothing_of_this_package():
-    assert set(workdir.import_closure("pipeline.modeling.modeling_sparse_distilled")) == {
+    assert set(sources.import_closure("pipeline.modeling.modeling_sparse_distilled")) == {
         FILE,
         FILE.parent.parent / "__init__.py",  # by its place
     }

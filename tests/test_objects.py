@@ -26,13 +26,14 @@ from test_store import SETTINGS, Data, activations, fill, tree, write
 from zarr.storage import ObjectStore
 
 from benchmarks import s3
-from pipeline import compose, objects, outline, plan, store, verify, workdir
+from pipeline import artifacts, compose, durable, objects, outline, plan, store, verify
+from pipeline.artifacts import STAGES
 from pipeline.config import Codec, Config, select
 from pipeline.errors import ArtifactError, ConfigError, ResourceError
 from pipeline.objects import Objects
 from pipeline.stages import CAPTURE, DENSE, capture, train
-from pipeline.store import LayerReader, LayerWriter
-from pipeline.workdir import STAGES
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 DATA = activations(SETTINGS)
 SHARDS = 2 * (3 + 1)
@@ -364,7 +365,7 @@ def test_an_object_that_shrinks_while_it_is_read_is_refused(path, url):
 
 @pytest.mark.parametrize("below", ["../other", "/abs/x", "a", 7, "print/layer_0.zarr/x", "a/.."])
 def test_a_store_may_not_lead_out_of_the_address(path, url, below):
-    workdir.write_json(path / "shards.json", {"below": below})
+    durable.write_json(path / "shards.json", {"below": below})
     with pytest.raises(ArtifactError, match="does not say where the shards lie"):
         LayerReader(path, store_url=url)
 
@@ -502,7 +503,7 @@ def test_what_is_no_address_is_refused(url, project):
 
 
 def test_verify_reads_the_objects_or_says_that_it_did_not(path, url, project, capsys):
-    workdir.write_manifest(path.parent, {})
+    artifacts.write_manifest(path.parent, {})
     verify.verify(path.parent)
     assert "nothing was read, since capture.store_url is null" in capsys.readouterr().out
     params = project / "params.yaml"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from pipeline import compose, dense, measured, outline, plan, workdir
+from pipeline import artifacts, compose, dense, durable, measured, outline, plan, workdir
 from pipeline.__main__ import main
 from pipeline.config import Config, Store
 from pipeline.documents import Document
@@ -126,11 +126,11 @@ def test_an_unknown_family_is_planned_for_by_what_dense_recorded(project: Path):
     with pytest.raises(InputError, match="dvc repro dense"):
         outline.record_of(cfg, DENSE)
     known = outline.outline({"model_type": "llama", **GATED, "hidden_act": "silu"})
-    workdir.write_json(DENSE / "dense.json", known)
+    durable.write_json(DENSE / "dense.json", known)
     from pipeline.config import select
 
     settings = select(cfg, ["model"])
-    workdir.write_manifest(DENSE, {"settings": settings})
+    artifacts.write_manifest(DENSE, {"settings": settings})
     assert outline.record_of(cfg, DENSE) == known
     with pytest.raises(InputError):  # of another model
         outline.record_of(compose.load([*more, "model.revision=abc"]), DENSE)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import workdir
+from pipeline import artifacts, workdir
 from pipeline.errors import ArtifactError, InputError, ResourceError
 from pipeline.prefill import ledger, outcome, status
 from pipeline.prefill.ledger import State
@@ -56,7 +56,7 @@ def finish(unit: Unit, sealed: bool = True) -> None:
         work = workdir.scratch_root() / "train-layer_3" / "f00d"
         work.mkdir(parents=True, exist_ok=True)
         if sealed:
-            workdir.write_manifest(work, {})
+            artifacts.write_manifest(work, {})
         ledger.end_done(unit, run, work)
 
 
@@ -99,7 +99,7 @@ def test_a_unit_is_run_by_one_process_at_a_time(unit: Unit):
 def test_done_is_what_lies_there_whatever_was_written(unit: Unit):
     finish(unit)
     assert ledger.look(unit).state is State.done and ledger.look(unit).exit_code == 0
-    (ledger.look(unit).folder / workdir.MANIFEST).unlink()
+    (ledger.look(unit).folder / artifacts.MANIFEST).unlink()
     assert ledger.look(unit).state is State.lost
     part = make("1/2")
     ledger.record([part])

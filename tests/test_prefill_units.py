@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import compose, prefill, runtime, workdir
+from pipeline import artifacts, compose, prefill, runtime
 from pipeline.errors import ArtifactError, ConfigError, PipelineError
 from pipeline.prefill import gpus, job, launch, ledger, share, units
 from pipeline.prefill.units import Unit
@@ -58,10 +58,10 @@ def test_a_unit_is_named_by_what_its_work_depends_on(here: Path):
     same, other = asked("layer=0", "runtime.threads=1"), asked("layer=0", "train.epochs=7")
     assert same[0].id == one.id != other[0].id and same[0].overrides == ()
     assert other[0].overrides == ("train.epochs=7",)
-    manifest = CAPTURE / workdir.MANIFEST
-    content = workdir.read_sealed(manifest)
+    manifest = CAPTURE / artifacts.MANIFEST
+    content = artifacts.read_sealed(manifest)
     manifest.unlink()  # hard links lead to the work folder
-    workdir.write_sealed(manifest, {**content, "files": {**content["files"], "x": "0"}})
+    artifacts.write_sealed(manifest, {**content, "files": {**content["files"], "x": "0"}})
     assert asked("layer=0")[0].id != one.id
 
 
@@ -133,11 +133,11 @@ def test_slurm_is_refused_where_there_is_none(here: Path, monkeypatch: pytest.Mo
 def test_what_a_unit_would_read_must_lie_there_and_belong_to_it(here: Path):
     with pytest.raises(ArtifactError, match=r"32 there, 16 here"):
         prefill.main(["layer=0,1", JOBLIB, "data.sequence_length=16"], multirun=True)
-    (CAPTURE / workdir.MANIFEST).unlink()
+    (CAPTURE / artifacts.MANIFEST).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         prefill.main(["layer=0,1", JOBLIB], multirun=True)
     assert asked("shards=1/1")
-    (TOKENS / workdir.MANIFEST).unlink()
+    (TOKENS / artifacts.MANIFEST).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         asked("shards=1/1")
     assert not ledger.root().exists()

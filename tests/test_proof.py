@@ -9,7 +9,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_checkpoint import CASES, SAMPLING, prepare, tiny
 
-from pipeline import proof, reload, weights, workdir
+from pipeline import proof, reload, sources, weights, workdir
 from pipeline.checkpoint import Conversion
 from pipeline.errors import ArtifactError
 
@@ -32,7 +32,7 @@ def written(conversion: Conversion, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_reload_imports_nothing_of_this_package():
     package = Path(workdir.__file__).parent
-    assert set(workdir.import_closure("pipeline.reload")) == {
+    assert set(sources.import_closure("pipeline.reload")) == {
         package / "reload.py",
         package / "__init__.py",  # by its place; `python -I reload.py` does not see it
     }

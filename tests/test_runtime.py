@@ -20,17 +20,23 @@ def test_configure_sets_the_threads_of_torch(threads: int):
         "from pipeline.config import RuntimeConfig\n"
         f"runtime.configure(RuntimeConfig(threads={threads}))\n"
         "import os, torch\n"
-        "names = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'TQDM_DISABLE')\n"
+        "names = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE', 'TQDM_DISABLE')\n"
         "print(torch.get_num_threads(), *map(os.environ.get, names))"
     )
-    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TQDM_DISABLE")
+    names = (
+        "OMP_NUM_THREADS",
+        "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
+        "THP_MEM_ALLOC_ENABLE",
+        "TQDM_DISABLE",
+    )
     inherited = {k: v for k, v in os.environ.items() if k not in names}
     done = subprocess.run(
         [sys.executable, "-c", code], env=inherited, capture_output=True, text=True, check=True
     )
     told, set_ = done.stdout.splitlines()
     assert told == f"threads: {threads} (configured)"
-    assert set_.split() == [str(min(threads, os.cpu_count() or 1)), "PASSIVE", "10000", "1"]
+    assert set_.split() == [str(min(threads, os.cpu_count() or 1)), "PASSIVE", "10000", "1", "1"]
 
 
 def test_freed_memory_stays_for_the_next_tensor_where_the_c_library_is_glibc():

@@ -14,7 +14,7 @@ from test_capture import CONFIG
 from test_end_to_end import Checkout, stages_run
 from test_report import content
 
-from pipeline import budget, compose, dense, report, sensitivity, workdir
+from pipeline import artifacts, budget, compose, dense, report, sensitivity
 from pipeline.assembly import replace_ffns, shared_copy
 from pipeline.capture import capture_activations
 from pipeline.config import BudgetVary, Init, MoEConfig, RouterInit
@@ -167,10 +167,10 @@ def test_measure_goes_on_from_what_a_killed_one_left(model, captured: Path, tmp_
 
     with pytest.raises(Killed):
         measured(model, captured, known, progress=kill)
-    left = workdir.read_sealed(known)
+    left = artifacts.read_sealed(known)
     assert [len(of) for of in left.values()] == [3, 1]
     left["0"]["0.25"] = 123.0  # shows that it is not measured again
-    workdir.write_sealed(known, left)
+    artifacts.write_sealed(known, left)
     assert measured(model, captured, known) == {**whole, 0: whole[0] | {"0.25": 123.0}}
 
 
@@ -237,7 +237,7 @@ def decided(*settings: str) -> dict[str, Any]:
     """Each layer's file, after the stage ran with these settings."""
     stage.run(compose.load([*SMALL, *SLICES, *settings]))
     files = sorted(BUDGET.glob("layer_*.json"))
-    return {path.stem: workdir.read_json(path) for path in files}
+    return {path.stem: artifacts.read_json(path) for path in files}
 
 
 @pytest.mark.slow

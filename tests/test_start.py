@@ -25,7 +25,8 @@ from pipeline.moe import SparseMoE, fit_scale
 from pipeline.router import TokenChoice, routing_statistics
 from pipeline.shape import MoEShape
 from pipeline.start import LOGIT_STD, ROUTER_STD, start_layer
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 D, F = 16, 64
 ROWS = {"train": 512, "validation": 256}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError, InputError
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.volume import row_layout
 
 Data = dict[str, tuple[Tensor, Tensor]]

@@ -19,7 +19,8 @@ from test_store import SETTINGS, activations, fill, tree, write
 
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 DATA = activations(SETTINGS)
 BOUNDARIES = ("fsync", "replace", "rename", "unlink")

@@ -10,7 +10,8 @@ from torch import Tensor
 from pipeline import synthetic
 from pipeline.config import Codec
 from pipeline.ffn import DenseFFN
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.synthetic import SyntheticRows
 
 D, F = 16, 24

@@ -300,7 +300,7 @@ def test_router_of_specialists_is_held_where_each_token_takes_one(stored, tmp_pa
 def test_stage_fits_the_static_control_where_it_is_asked_for(
     project, static_control: bool, stored: Stored
 ):
-    from pipeline import compose, workdir
+    from pipeline import artifacts, compose, durable
     from pipeline.stages import CAPTURE, train
 
     CAPTURE.mkdir(parents=True)
@@ -309,9 +309,9 @@ def test_stage_fits_the_static_control_where_it_is_asked_for(
     ffn.save(CAPTURE / "ffn_3.safetensors")
     budget = project / "budget"
     budget.mkdir()
-    workdir.write_json(budget / "layer_3.json", plan_of(ffn, F // 4, 8, 2))
+    durable.write_json(budget / "layer_3.json", plan_of(ffn, F // 4, 8, 2))
     for folder in (CAPTURE, budget):
-        workdir.write_manifest(folder, {})
+        artifacts.write_manifest(folder, {})
     options = ["train.batch_size=64", f"train.static_control={str(static_control).lower()}"]
     train.run(compose.load(["experiment=pico", *options]), 3, budget=budget)
     folder = project / "stages/train/layer_3"

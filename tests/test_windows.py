@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 from test_capture import CONFIG
 
+from pipeline.artifacts import file_digest
 from pipeline.capture import capture_activations
 from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, ConfigError
@@ -16,7 +17,6 @@ from pipeline.record import check_behind
 from pipeline.shape import MoEShape
 from pipeline.store import LayerReader
 from pipeline.windows import forward_behind
-from pipeline.workdir import file_digest
 
 D, F = 32, 64
 SHAPE = MoEShape(D, F, 16, 4, 1, "silu", True, False, "softmax_topk")

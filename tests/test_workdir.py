@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import workdir
+from pipeline import artifacts, locks, sources, workdir
 from pipeline.errors import ArtifactError, ResourceError
 
 MODULE = "pipeline.errors"
@@ -94,7 +94,7 @@ def test_verify_names_the_damaged_file(out: Path, damage: str):
         target = Path("copy/b.txt")
         target.write_text("foreign")
     with pytest.raises(ArtifactError, match=target.name):
-        workdir.verify(Path("copy"))
+        artifacts.verify(Path("copy"))
 
 
 def test_damaged_finished_work_is_computed_again(out: Path):
@@ -107,7 +107,7 @@ def test_damaged_finished_work_is_computed_again(out: Path):
 
 
 def test_a_second_run_waits_and_then_names_the_holder(out: Path, tmp_path: Path):
-    held = workdir.lock(tmp_path / ".scratch" / "locks" / "thing", 1)
+    held = locks.lock(tmp_path / ".scratch" / "locks" / "thing", 1)
     with held, pytest.raises(ResourceError, match=f"pid {os.getpid()}"):
         produce(out)
     assert len(produce(out)) == 1
@@ -117,8 +117,8 @@ def test_a_lock_dies_with_its_process(out: Path, tmp_path: Path):
     code = f"""
         import time
         from pathlib import Path
-        from pipeline import workdir
-        with workdir.lock(Path({str(tmp_path)!r}) / ".scratch/locks/thing", 1):
+        from pipeline import artifacts, sources, locks, workdir
+        with locks.lock(Path({str(tmp_path)!r}) / ".scratch/locks/thing", 1):
             print("held", flush=True)
             time.sleep(60)
     """
@@ -135,13 +135,13 @@ def test_a_lock_dies_with_its_process(out: Path, tmp_path: Path):
 
 def test_manifests_of_equal_work_are_equal_bytes(out: Path):
     produce(out)
-    first = (out / workdir.MANIFEST).read_bytes()
+    first = (out / artifacts.MANIFEST).read_bytes()
     shutil.rmtree(".scratch")
     produce(out)
-    assert (out / workdir.MANIFEST).read_bytes() == first
+    assert (out / artifacts.MANIFEST).read_bytes() == first
 
 
 def test_the_import_closure_follows_imports_inside_functions():
-    closure = {path.name for path in workdir.import_closure("pipeline.stages.train")}
+    closure = {path.name for path in sources.import_closure("pipeline.stages.train")}
     assert {"training.py", "store.py", "moe.py", "config.py"} <= closure
     assert not {"report.py", "corpus.py", "checkpoint.py"} & closure

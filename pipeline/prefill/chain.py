@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from pipeline import lineage, progress, runtime, workdir
+from pipeline import artifacts, lineage, progress, runtime, workdir
 from pipeline.config import Config
 from pipeline.stages import CAPTURE, DENSE, TOKENS, budget, train
 
@@ -44,7 +44,7 @@ def _capture_behind(
     from pipeline.record import WEIGHTS
 
     folders = {k: path / STATIC if static else path for k, path in earlier.items()}
-    digests = {str(k): workdir.file_digest(path / WEIGHTS) for k, path in folders.items()}
+    digests = {str(k): artifacts.file_digest(path / WEIGHTS) for k, path in folders.items()}
     model = dense.load_recorded(cfg.model, DENSE, runtime.pick_device(cfg.runtime))
     # A name for what the rows depend on: a rerun goes on from its shards.
     name = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]

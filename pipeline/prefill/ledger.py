@@ -24,7 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pipeline import progress, workdir
+from pipeline import artifacts, durable, progress, workdir
 from pipeline.errors import ArtifactError, PipelineError, ResourceError
 from pipeline.prefill.units import Unit
 
@@ -133,7 +133,7 @@ def record(units: list[Unit]) -> None:
     for unit in units:
         if not is_held(unit.id):
             _path(unit.id, "run.json").unlink(missing_ok=True)
-        workdir.write_json(_path(unit.id, "json"), asdict(unit))
+        durable.write_json(_path(unit.id, "json"), asdict(unit))
 
 
 def _forget(seen: Seen) -> None:
@@ -145,7 +145,7 @@ def _forget(seen: Seen) -> None:
 def read(unit_id: str) -> Unit:
     """The record of a unit; `ArtifactError` where it was removed or is damaged."""
     try:
-        found = workdir.read_json(_path(unit_id, "json"))
+        found = artifacts.read_json(_path(unit_id, "json"))
         return Unit(**{**found, "overrides": tuple(found["overrides"])})
     except (TypeError, KeyError):
         raise ArtifactError(
@@ -190,7 +190,7 @@ def _is_there(unit: Unit, run: dict[str, Any]) -> bool:
     folder = workdir.scratch_root() / run["work"]
     if unit.kind == "shards":
         return folder.is_dir()
-    return (folder / workdir.MANIFEST).is_file()
+    return (folder / artifacts.MANIFEST).is_file()
 
 
 def _read_run(unit_id: str) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def begin(unit: Unit, log: Path | None) -> dict[str, Any]:
         "log": str(log.absolute()) if log else None,
         "began": time.time(),
     }
-    workdir.write_json(_path(unit.id, "run.json"), run)
+    durable.write_json(_path(unit.id, "run.json"), run)
     return run
 
 
@@ -270,6 +270,6 @@ def end_failed(unit: Unit, run: dict[str, Any], error: BaseException, text: str)
 
 
 def _end(unit: Unit, run: dict[str, Any], exit_code: int, **more: Any) -> None:
-    workdir.write_json(
+    durable.write_json(
         _path(unit.id, "run.json"), {**run, "ended": time.time(), "exit_code": exit_code, **more}
     )

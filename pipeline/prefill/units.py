@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 
-from pipeline import compose, lineage, refusals, workdir
+from pipeline import artifacts, compose, lineage, refusals, sources
 from pipeline.config import Config, select
 from pipeline.errors import ConfigError
 from pipeline.locks import Part
@@ -122,8 +122,8 @@ def _made_of(kind: str, cfg: Config) -> str:
     lineage.check(cfg, READS[kind])
     made_of = {
         "settings": select(cfg, SETTINGS[kind]),
-        "inputs": [workdir.file_digest(folder / workdir.MANIFEST) for folder in READS[kind]],
-        "code": [workdir.code_digest(module) for module in CODE[kind]],
+        "inputs": [artifacts.file_digest(folder / artifacts.MANIFEST) for folder in READS[kind]],
+        "code": [sources.code_digest(module) for module in CODE[kind]],
     }
     return json.dumps(made_of, sort_keys=True)
 

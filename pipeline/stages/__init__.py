@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline import workdir
+from pipeline import artifacts
 
 CONFIG = Path("stages/config")
 DENSE = Path("stages/dense")
@@ -19,6 +19,6 @@ REPORTS = Path("reports")
 
 def final_layers(layers: Iterable[int]) -> dict[int, Path]:
     """Where each layer's last state lies: in `heal` where it was healed, in `train` otherwise."""
-    workdir.verify(HEAL, "healed.json")
-    healed = workdir.read_json(HEAL / "healed.json")["layers"]
+    artifacts.verify(HEAL, "healed.json")
+    healed = artifacts.read_json(HEAL / "healed.json")["layers"]
     return {k: (HEAL if k in healed else TRAIN) / f"layer_{k}" for k in layers}

@@ -17,7 +17,7 @@ Run:    python -m pipeline.stages.budget [key=value ...]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, lineage, progress, runtime, workdir
+from pipeline import artifacts, command, durable, lineage, progress, runtime, workdir
 from pipeline.config import BudgetBy, Config, Init, select
 from pipeline.stages import BUDGET, CAPTURE, DENSE, TOKENS
 
@@ -31,7 +31,7 @@ KNOWN = "kl.json"
 
 def run(cfg: Config, published: bool = True) -> Path:
     judged = cfg.moe.budget.by is BudgetBy.kl
-    inputs = {"dense": workdir.digest(DENSE)} | (_judged_on(cfg.model.layers) if judged else {})
+    inputs = {"dense": artifacts.digest(DENSE)} | (_judged_on(cfg.model.layers) if judged else {})
     lineage.check(cfg, [DENSE, TOKENS, CAPTURE] if judged else [DENSE])
     if judged:
         lineage.check_inputs(inputs, {"tokens": TOKENS, "capture": CAPTURE})
@@ -51,7 +51,7 @@ def run(cfg: Config, published: bool = True) -> Path:
         reason = "auto: copy where the widths are equal, else slice" if auto else "configured"
         runtime.tell("start", ", ".join(starts), reason)
         for layer, content in plans.items():
-            workdir.write_json(folder / f"layer_{layer}.json", content)
+            durable.write_json(folder / f"layer_{layer}.json", content)
         (folder / KNOWN).unlink(missing_ok=True)
 
     return workdir.produce(
@@ -68,11 +68,11 @@ def run(cfg: Config, published: bool = True) -> Path:
 def _judged_on(layers: list[int]) -> dict[str, str]:
     from pipeline import store
 
-    found = {"tokens": workdir.digest(TOKENS)}
+    found = {"tokens": artifacts.digest(TOKENS)}
     for k in layers:
-        workdir.verify(CAPTURE, f"layer_{k}.zarr/commits/*", f"ffn_{k}.safetensors")
+        artifacts.verify(CAPTURE, f"layer_{k}.zarr/commits/*", f"ffn_{k}.safetensors")
         found[f"store_{k}"] = store.digest(CAPTURE / f"layer_{k}.zarr")
-        found[f"ffn_{k}"] = workdir.file_digest(CAPTURE / f"ffn_{k}.safetensors")
+        found[f"ffn_{k}"] = artifacts.file_digest(CAPTURE / f"ffn_{k}.safetensors")
     return found
 
 

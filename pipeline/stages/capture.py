@@ -10,7 +10,7 @@ Run:    python -m pipeline.stages.capture [key=value ...]
 
 from pathlib import Path
 
-from pipeline import command, lineage, progress, runtime, workdir
+from pipeline import artifacts, command, lineage, progress, runtime, workdir
 from pipeline.config import CAPTURED_SPLITS, SPLITS, Config, Dtype, select
 from pipeline.locks import Part
 from pipeline.stages import CAPTURE, DENSE, TOKENS
@@ -34,7 +34,7 @@ PARAMS = (
 def run(cfg: Config, part: Part | None = None, published: bool = True) -> Path:
     """The stage, or a part of it into the work folder alone; returns where the result lies."""
     assert part is None or not published, "a part is no result"
-    inputs = {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
+    inputs = {"dense": artifacts.digest(DENSE), "tokens": artifacts.digest(TOKENS)}
     lineage.check(cfg, [DENSE, TOKENS])
     lineage.check_inputs(inputs, {"tokens": TOKENS})
 

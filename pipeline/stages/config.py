@@ -13,7 +13,7 @@ import os
 
 from omegaconf import OmegaConf
 
-from pipeline import command, compose, workdir
+from pipeline import command, compose, durable
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stages import CONFIG
@@ -32,7 +32,7 @@ def run(cfg: Config) -> None:
                 remedy="make the choice in conf/ and run `python -m pipeline compose`",
             )
     CONFIG.mkdir(parents=True, exist_ok=True)
-    workdir.write_bytes(CONFIG / "checked.txt", b"params.yaml is what conf/ composes to\n")
+    durable.write_bytes(CONFIG / "checked.txt", b"params.yaml is what conf/ composes to\n")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline import command, lineage, record, workdir
+from pipeline import artifacts, command, lineage, record, sources, workdir
 from pipeline.config import Config, ConvertConfig, ModelConfig, RuntimeConfig, select
 from pipeline.errors import ConfigError
 from pipeline.stages import CONVERT, DENSE, HEAL, TOKENS, TRAIN, final_layers
 
 MODULE = "pipeline.stages.convert"
-TEMPLATE = workdir.PACKAGE / "templates" / "card.md.j2"
+TEMPLATE = sources.PACKAGE / "templates" / "card.md.j2"
 PARAMS = (
     "convert",
     "model.id",
@@ -37,10 +37,10 @@ PARAMS = (
 def run(cfg: Config) -> None:
     layers = final_layers(cfg.model.layers)
     inputs = {
-        "dense": workdir.digest(DENSE),
-        "healed": workdir.digest(HEAL),
-        "tokens": workdir.digest(TOKENS),
-        **{f"layer_{k}": workdir.digest(folder) for k, folder in layers.items()},
+        "dense": artifacts.digest(DENSE),
+        "healed": artifacts.digest(HEAL),
+        "tokens": artifacts.digest(TOKENS),
+        **{f"layer_{k}": artifacts.digest(folder) for k, folder in layers.items()},
     }
     described, licence = record.read(DENSE), _licence(cfg.model)
     lineage.check(cfg, [DENSE, TOKENS, HEAL, *layers.values()])
@@ -64,7 +64,7 @@ def run(cfg: Config) -> None:
         )
         made_of = {"dense": DENSE, "tokens": TOKENS, "heal": HEAL}
         made_of |= {f"train_{k}": path for k, path in layers.items()}
-        manifests = {part: workdir.read_manifest(path) for part, path in made_of.items()}
+        manifests = {part: artifacts.read_manifest(path) for part, path in made_of.items()}
         name = manifests["dense"]["settings"]["model.name"]
         card.write(
             folder,
@@ -105,9 +105,9 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     given = Path(cfg.layers)
     folders, norms = layer_folders(given), given / assembly.NORMS
     record.check_behind(folders)
-    if norms.exists() and (given / workdir.MANIFEST).exists():
-        workdir.verify(given, assembly.NORMS)
-    healed = {"norms": workdir.file_digest(norms)} if norms.exists() else {}
+    if norms.exists() and (given / artifacts.MANIFEST).exists():
+        artifacts.verify(given, assembly.NORMS)
+    healed = {"norms": artifacts.file_digest(norms)} if norms.exists() else {}
     digests, licence = _digests(source), card.licence(source, cfg.revision)
 
     def compute(folder: Path) -> None:
@@ -127,7 +127,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             source=Path(source).name if digests else source,
             record={"revision": cfg.revision, "digests": digests},
             licence=licence,
-            manifests={f"train_{k}": workdir.read_manifest(path) for k, path in folders.items()},
+            manifests={f"train_{k}": artifacts.read_manifest(path) for k, path in folders.items()},
         )
 
     scratch = output.parent / f".{output.name}.scratch"
@@ -139,7 +139,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             "dense": " ".join(map(":".join, digests.items())) or f"{source}@{cfg.revision}",
             **healed,
             **_of_card(licence),
-            **{f"layer_{k}": workdir.digest(folder) for k, folder in folders.items()},
+            **{f"layer_{k}": artifacts.digest(folder) for k, folder in folders.items()},
         },
         compute=compute,
         lock_wait_s=how.lock_wait_s,
@@ -150,8 +150,8 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
 
 def _check_output(output: Path) -> None:
     """Publishing replaces the folder as a whole, so that it must hold nothing but our own."""
-    manifest = output / workdir.MANIFEST
-    ours = manifest.is_file() and workdir.read_sealed(manifest).get("module") == MODULE
+    manifest = output / artifacts.MANIFEST
+    ours = manifest.is_file() and artifacts.read_sealed(manifest).get("module") == MODULE
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not ours and not empty:
         raise ConfigError(
@@ -167,7 +167,7 @@ def _digests(source: str) -> dict[str, str]:
     if not Path(source).is_dir():
         return {}
     files = sorted(p for p in Path(source).iterdir() if p.is_file())
-    return {p.name: workdir.file_digest(p) for p in files}
+    return {p.name: artifacts.file_digest(p) for p in files}
 
 
 def _licence(model: ModelConfig) -> dict[str, str]:
@@ -180,7 +180,7 @@ def _licence(model: ModelConfig) -> dict[str, str]:
 
 def _of_card(licence: dict[str, str]) -> dict[str, str]:
     """What the card adds to the inputs."""
-    return {"card": workdir.file_digest(TEMPLATE), "licence": json.dumps(licence, sort_keys=True)}
+    return {"card": artifacts.file_digest(TEMPLATE), "licence": json.dumps(licence, sort_keys=True)}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Run:    python -m pipeline.stages.dense [key=value ...]
 
 from pathlib import Path
 
-from pipeline import command, loggers, progress, runtime, workdir
+from pipeline import command, durable, loggers, progress, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.record import EMBEDDED, RECORD, located
 from pipeline.stages import DENSE
@@ -38,7 +38,7 @@ def run(cfg: Config) -> None:
             dtype=cfg.model.dtype.name,
             trust_remote_code=cfg.model.trust_remote_code,
         )
-        workdir.write_json(folder / RECORD, {"name": cfg.model.name, **described})
+        durable.write_json(folder / RECORD, {"name": cfg.model.name, **described})
 
     workdir.produce(
         DENSE,

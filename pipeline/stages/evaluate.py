@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, lineage, progress, record, runtime, workdir
+from pipeline import artifacts, command, durable, lineage, progress, record, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.stages import (
     BUDGET,
@@ -60,7 +60,7 @@ def run(cfg: Config) -> None:
     parts |= {f"layer_{k}": path for k, path in layers.items()}
     parts |= {f"train_{k}": TRAIN / f"layer_{k}" for k in layers}  # for the static controls
     parts["heal"] = HEAL
-    inputs = {name: workdir.digest(path) for name, path in parts.items()}
+    inputs = {name: artifacts.digest(path) for name, path in parts.items()}
     inputs |= {f"store_{k}": store.digest() for k, store in stores.items()}
     lineage.check(cfg, [*parts.values(), CAPTURE])
     _check_lineage(inputs, list(layers))
@@ -91,7 +91,7 @@ def run(cfg: Config) -> None:
                 progress=shown,
             )
         read = {path: name for name, path in parts.items()} | {CAPTURE: "capture"}
-        manifests = {name: workdir.read_manifest(path) for path, name in read.items()}
+        manifests = {name: artifacts.read_manifest(path) for path, name in read.items()}
         described = record.read(DENSE)
         blocks = corpus.read_blocks(TOKENS, "heldout")
         known = {
@@ -111,13 +111,13 @@ def run(cfg: Config) -> None:
         module="pipeline.stages.evaluate",
         settings=settings,
         inputs=inputs
-        | {path.name: workdir.file_digest(path) for path in sorted(TEMPLATES.iterdir())},
+        | {path.name: artifacts.file_digest(path) for path in sorted(TEMPLATES.iterdir())},
         compute=compute,
         lock_wait_s=cfg.runtime.lock_wait_s,
     )
     REPORTS.mkdir(exist_ok=True)
     for name in KEPT_IN_GIT:
-        workdir.write_bytes(REPORTS / name, (EVALUATE / name).read_bytes())
+        durable.write_bytes(REPORTS / name, (EVALUATE / name).read_bytes())
     if cfg.evaluate.push_to_hub:
         from pipeline import hub
 
@@ -126,7 +126,7 @@ def run(cfg: Config) -> None:
 
 def _check_lineage(digests: Mapping[str, str], layers: list[int]) -> None:
     """That all of what is judged here, and by what, was made from each other."""
-    workdir.verify(CAPTURE, "layer_*.zarr/commits/*", "ffn_*.safetensors")
+    artifacts.verify(CAPTURE, "layer_*.zarr/commits/*", "ffn_*.safetensors")
     lineage.check_inputs(digests, {"tokens": TOKENS, "capture": CAPTURE, "budget": BUDGET})
     lineage.check_inputs({**digests, "healed": digests["heal"]}, {"convert": CONVERT})
     trained = {f"layer_{k}": digests[f"train_{k}"] for k in layers}
@@ -134,8 +134,8 @@ def _check_lineage(digests: Mapping[str, str], layers: list[int]) -> None:
     for k in layers:
         read = {
             "store": digests[f"store_{k}"],
-            "ffn": workdir.file_digest(CAPTURE / f"ffn_{k}.safetensors"),
-            "shape": workdir.file_digest(BUDGET / f"layer_{k}.json"),
+            "ffn": artifacts.file_digest(CAPTURE / f"ffn_{k}.safetensors"),
+            "shape": artifacts.file_digest(BUDGET / f"layer_{k}.json"),
         }
         lineage.check_inputs(read, {f"train_{k}": TRAIN / f"layer_{k}"})
 
@@ -158,7 +158,7 @@ def _controls(layers: Mapping[int, Path], device: "torch.device") -> dict[str, A
     from pipeline.ffn import DenseFFN
     from pipeline.layers import load_layer
 
-    healed = bool(workdir.read_json(HEAL / "healed.json")["layers"])
+    healed = bool(artifacts.read_json(HEAL / "healed.json")["layers"])
     static, oracle = {}, {}
     for k, folder in layers.items():
         fitted = HEAL / STATIC / f"layer_{k}" if healed else TRAIN / f"layer_{k}" / STATIC

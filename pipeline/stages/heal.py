@@ -17,7 +17,18 @@ Run:    python -m pipeline.stages.heal [key=value ...]
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import command, lineage, loggers, progress, record, runtime, workdir
+from pipeline import (
+    artifacts,
+    command,
+    durable,
+    lineage,
+    loggers,
+    progress,
+    record,
+    runtime,
+    sources,
+    workdir,
+)
 from pipeline.config import Config, select
 from pipeline.stages import DENSE, HEAL, TOKENS, TRAIN
 
@@ -35,10 +46,10 @@ PARAMS = (
 def run(cfg: Config) -> None:
     trained = {k: TRAIN / f"layer_{k}" for k in cfg.model.layers}
     settings = select(cfg, PARAMS)
-    inputs = {f"layer_{k}": workdir.digest(path) for k, path in trained.items()}
+    inputs = {f"layer_{k}": artifacts.digest(path) for k, path in trained.items()}
     healed = sorted(trained) if cfg.heal.tokens else []
     if healed:
-        inputs |= {"dense": workdir.digest(DENSE), "tokens": workdir.digest(TOKENS)}
+        inputs |= {"dense": artifacts.digest(DENSE), "tokens": artifacts.digest(TOKENS)}
         lineage.check(cfg, [DENSE, TOKENS])
         lineage.check_inputs(inputs, {"tokens": TOKENS})
     lineage.check(cfg, trained.values())
@@ -48,12 +59,12 @@ def run(cfg: Config) -> None:
         if healed:
             _heal_all(cfg, trained, folder)
         for k in healed:
-            before = workdir.read_json(trained[k] / workdir.MANIFEST)["settings"]
+            before = artifacts.read_json(trained[k] / artifacts.MANIFEST)["settings"]
             identity = {"module": MODULE, "settings": before | settings, "inputs": inputs}
             identity["fingerprint"] = folder.name  # a work folder is named so
-            identity["code"] = workdir.code_digest(MODULE)
-            workdir.write_manifest(folder / f"layer_{k}", identity)
-        workdir.write_json(folder / "healed.json", {"layers": healed})
+            identity["code"] = sources.code_digest(MODULE)
+            artifacts.write_manifest(folder / f"layer_{k}", identity)
+        durable.write_json(folder / "healed.json", {"layers": healed})
 
     workdir.produce(
         HEAL,

@@ -9,7 +9,7 @@ Run:    python -m pipeline.stages.tokens [key=value ...]
 
 from pathlib import Path
 
-from pipeline import command, lineage, workdir
+from pipeline import artifacts, command, lineage, workdir
 from pipeline.config import Config, select
 from pipeline.stages import DENSE, TOKENS
 
@@ -19,7 +19,7 @@ PARAMS = ("data", "model.id", "model.trust_remote_code")
 def run(cfg: Config) -> None:
     from pipeline import record
 
-    inputs = {"dense": workdir.digest(DENSE)}
+    inputs = {"dense": artifacts.digest(DENSE)}
     lineage.check(cfg, [DENSE])
 
     def compute(folder: Path) -> None:

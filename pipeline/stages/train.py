@@ -15,7 +15,7 @@ they are adopted from there.
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import command, lineage, loggers, progress, runtime, workdir
+from pipeline import artifacts, command, lineage, loggers, progress, runtime, workdir
 from pipeline.config import Config, select
 from pipeline.errors import ConfigError
 from pipeline.stages import BUDGET, CAPTURE, TRAIN
@@ -47,8 +47,8 @@ def run(
     store, ffn = CAPTURE / f"layer_{layer}.zarr", CAPTURE / f"ffn_{layer}.safetensors"
     shape = budget / f"layer_{layer}.json"
     # The reader holds the shards against their commits; of a capture that is all this layer reads.
-    workdir.verify(CAPTURE, f"layer_{layer}.zarr/commits/*", f"ffn_{layer}.safetensors")
-    workdir.verify(budget, f"layer_{layer}.json")
+    artifacts.verify(CAPTURE, f"layer_{layer}.zarr/commits/*", f"ffn_{layer}.safetensors")
+    artifacts.verify(budget, f"layer_{layer}.json")
     lineage.check(cfg, [CAPTURE, budget])
     earlier = layers_before(cfg.train.window, layer, budget)
 
@@ -58,7 +58,7 @@ def run(
         from pipeline.store import LayerReader
 
         device = runtime.pick_device(cfg.runtime)
-        plan = workdir.read_json(shape)
+        plan = artifacts.read_json(shape)
         fits = {folder: (f"train layer {layer}", plan)}
         control = controls.static_plan(plan) if cfg.train.static_control else None
         if control:
@@ -96,9 +96,9 @@ def run(
         settings=select(cfg, PARAMS),
         inputs={
             "store": store_digest(store),
-            "ffn": workdir.file_digest(ffn),
-            "shape": workdir.file_digest(shape),
-            **{f"shape_{k}": workdir.file_digest(budget / f"layer_{k}.json") for k in earlier},
+            "ffn": artifacts.file_digest(ffn),
+            "shape": artifacts.file_digest(shape),
+            **{f"shape_{k}": artifacts.file_digest(budget / f"layer_{k}.json") for k in earlier},
             **{f"store_{k}": store_digest(CAPTURE / f"layer_{k}.zarr") for k in earlier},
         },
         compute=compute,

@@ -23,7 +23,7 @@ from pathlib import Path
 from shrinking import shrink
 from tqdm import tqdm
 
-from pipeline import command, compose, workdir
+from pipeline import command, compose, sources
 from pipeline.config import Config
 
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ def preload() -> None:
         importlib.import_module(name)
     for name in MODULES:
         importlib.import_module(name)
-        workdir.code_digest(name)
+        sources.code_digest(name)
     tqdm.set_lock(threading.RLock())  # its own one is shared by forks: a killed one would keep it
 
 

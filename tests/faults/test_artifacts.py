@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_start import dense_ffn, plan_of, write_store
 from test_training import MOE, PLAIN
 
-from pipeline import workdir
+from pipeline import artifacts
 from pipeline.__main__ import main
 from pipeline.config import Codec
 from pipeline.errors import ArtifactError
 from pipeline.ffn import DenseFFN
 from pipeline.layers import load_layer
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.training import fit_layer
 
 ARTEFACTS = {
@@ -96,7 +97,7 @@ def test_verify_names_any_damaged_file_and_what_makes_it_again(
         for damage in (lambda p, k=k: flip(p, k % 8), cut, empty, Path.unlink):
             damage(path)
             with pytest.raises(ArtifactError) as caught:
-                workdir.verify(root)
+                artifacts.verify(root)
             assert str(path) in str(caught.value)
             assert f"`dvc repro -f -s {target}`" in caught.value.remedy
             assert f"`{alone}`" in caught.value.remedy
@@ -125,7 +126,7 @@ def empty(path: Path) -> None:
 def test_verify_misses_a_manifest_that_is_gone(
     stand: Stand, folder: str, capsys: pytest.CaptureFixture[str]
 ):
-    manifest = stand.root / "stages" / folder / workdir.MANIFEST
+    manifest = stand.root / "stages" / folder / artifacts.MANIFEST
     manifest.unlink()
     assert verify(str(stand.root / "stages")) == 5
     said = capsys.readouterr().err
@@ -213,10 +214,10 @@ def test_what_was_made_with_other_settings_is_refused_with_the_field(
 def test_what_was_made_from_another_artefact_is_refused(stand: Stand):
     """The same settings, and another text before it: as if it had been run again."""
     folder = stand.root / "stages/dense"
-    manifest = workdir.read_manifest(folder)
+    manifest = artifacts.read_manifest(folder)
     shutil.copytree(folder, stand.root / "copy")
     (stand.root / "copy/note.txt").write_text("another")
-    workdir.write_manifest(stand.root / "copy", manifest)
+    artifacts.write_manifest(stand.root / "copy", manifest)
     shutil.rmtree(folder)
     (stand.root / "copy").rename(folder)
     for stage in ("capture", "heal", "evaluate"):
@@ -230,7 +231,7 @@ def test_layers_trained_again_are_not_converted_beside_healed_ones_of_before(sta
     folder = stand.root / "stages/train/layer_0"
     other = shutil.copytree(folder, stand.root / "copy")
     (other / "note.txt").write_text("another")
-    workdir.write_manifest(other, workdir.read_manifest(folder))
+    artifacts.write_manifest(other, artifacts.read_manifest(folder))
     shutil.rmtree(folder)
     other.rename(folder)
     said = stand.run("evaluate").check(5).said
@@ -246,9 +247,9 @@ def layer(stand: Stand, tmp_path: Path, change: Callable[[dict[str, torch.Tensor
     tensors = load_file(folder / "layer.safetensors")
     change(tensors)
     save_file(tensors, folder / "layer.safetensors")
-    record = workdir.read_sealed(folder / "config.json")
-    record["weights"] = workdir.file_digest(folder / "layer.safetensors")
-    workdir.write_sealed(folder / "config.json", record)
+    record = artifacts.read_sealed(folder / "config.json")
+    record["weights"] = artifacts.file_digest(folder / "layer.safetensors")
+    artifacts.write_sealed(folder / "config.json", record)
     return folder
 
 
@@ -308,9 +309,9 @@ def test_a_layer_that_was_not_trained_is_missed_at_assembly(stand: Stand):
 
 def test_every_manifest_tells_what_it_was_made_from(undisturbed: Stand):
     for folder in ARTEFACTS:
-        manifest = workdir.verify(undisturbed.root / "stages" / folder)
+        manifest = artifacts.verify(undisturbed.root / "stages" / folder)
         known = {"module", "fingerprint", "settings", "inputs", "code", "files", "versions"}
         assert manifest.keys() >= known
-    manifest = workdir.read_manifest(undisturbed.root / "stages/train/layer_0")
+    manifest = artifacts.read_manifest(undisturbed.root / "stages/train/layer_0")
     assert manifest["settings"]["seed"] == 0
     assert manifest["inputs"].keys() == {"store", "ffn", "shape"}

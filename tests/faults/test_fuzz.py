@@ -17,7 +17,7 @@ import transformers as tf
 import yaml
 from injection import Stand
 
-from pipeline import assembly, commits, compose, corpus, dense, documents, record, resume, workdir
+from pipeline import artifacts, assembly, commits, compose, corpus, dense, documents, record, resume
 from pipeline.config import DataConfig, DataSource
 from pipeline.errors import ArtifactError, ConfigError, InputError, PipelineError
 from pipeline.ffn import DenseFFN
@@ -131,19 +131,19 @@ def store(undisturbed: Stand, tmp_path: Path) -> Path:
 
 
 def test_manifest(layer: Path):
-    path = layer / workdir.MANIFEST
-    assert fuzz(path, lambda: workdir.verify(layer), 200, (ArtifactError,)) > 180
+    path = layer / artifacts.MANIFEST
+    assert fuzz(path, lambda: artifacts.verify(layer), 200, (ArtifactError,)) > 180
 
 
 def test_manifest_sealed_by_a_stranger(layer: Path):
-    path = layer / workdir.MANIFEST
-    manifest = workdir.read_manifest(layer)
+    path = layer / artifacts.MANIFEST
+    manifest = artifacts.read_manifest(layer)
 
     def write(rng: random.Random) -> None:
         changed = restructured(manifest, rng)
-        workdir.write_sealed(path, changed if isinstance(changed, dict) else {})
+        artifacts.write_sealed(path, changed if isinstance(changed, dict) else {})
 
-    fuzz(path, lambda: workdir.verify(layer), 100, (ArtifactError,), write, anything)
+    fuzz(path, lambda: artifacts.verify(layer), 100, (ArtifactError,), write, anything)
 
 
 def test_record_of_a_layer(layer: Path):
@@ -154,13 +154,13 @@ def test_record_of_a_layer(layer: Path):
 
 def test_record_of_a_layer_sealed_by_a_stranger(layer: Path):
     path = layer / "config.json"
-    content = workdir.read_sealed(path)
+    content = artifacts.read_sealed(path)
 
     def write(rng: random.Random) -> None:
         changed = {**content, "shape": restructured(content["shape"], rng)}
         if rng.random() < 0.3:
             changed = restructured(content, rng)
-        workdir.write_sealed(path, changed if isinstance(changed, dict) else {})
+        artifacts.write_sealed(path, changed if isinstance(changed, dict) else {})
 
     def read() -> object:
         return load_layer(layer)[0](torch.ones(2, 32)).shape
@@ -171,16 +171,16 @@ def test_record_of_a_layer_sealed_by_a_stranger(layer: Path):
 def test_weights_of_a_layer(layer: Path):
     """Sealed again, so that safetensors and the shape are all that is left to see it."""
     path, content = layer / "layer.safetensors", (layer / "layer.safetensors").read_bytes()
-    known = workdir.read_sealed(layer / "config.json")
+    known = artifacts.read_sealed(layer / "config.json")
 
     def write(rng: random.Random) -> None:
         header = int.from_bytes(content[:8], "little") + 8
         path.write_bytes(mangled(content[:header], rng) + content[header:])
-        seal = {**known, "weights": workdir.file_digest(path)}
-        workdir.write_sealed(layer / "config.json", seal)
+        seal = {**known, "weights": artifacts.file_digest(path)}
+        artifacts.write_sealed(layer / "config.json", seal)
 
     fuzz(path, lambda: load_layer(layer), 150, (ArtifactError,), write, anything)
-    workdir.write_sealed(layer / "config.json", known)
+    artifacts.write_sealed(layer / "config.json", known)
     read = lambda: load_layer(layer)[1]  # noqa: E731
     assert fuzz(path, read, 100, (ArtifactError,)) == 100
 
@@ -282,7 +282,7 @@ def test_tensors_of_a_stage(undisturbed: Stand, tmp_path: Path, name: str, read:
     ("folder", "name", "read"),
     [
         ("dense", "dense.json", record.read),
-        ("budget", "layer_0.json", lambda p: workdir.verify(p, "layer_0.json")),
+        ("budget", "layer_0.json", lambda p: artifacts.verify(p, "layer_0.json")),
     ],
 )
 def test_records_of_a_stage(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_start import dense_ffn, plan_of, write_store
 from test_training import MOE, PLAIN
 
-from pipeline import workdir
+from pipeline import artifacts, durable
 from pipeline.comparison import compare_on_text
 from pipeline.config import Codec
 from pipeline.embeddings import compare_embeddings
@@ -27,7 +27,8 @@ from pipeline.layers import load_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 from pipeline.start import start_layer
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.training import fit_layer
 
 # The dense model
@@ -78,7 +79,7 @@ def test_a_layer_that_cannot_be_fitted_stops_alone(stand: Stand):
     assert "Training of layer 1 diverged at step 0." in said
     assert "no state before it was good" in said and "other layers are unharmed" in said
     stand.run("train@0", given).check()
-    workdir.verify(stand.root / "stages/train/layer_0")
+    artifacts.verify(stand.root / "stages/train/layer_0")
 
 
 # Training
@@ -96,7 +97,7 @@ def test_a_layer_that_diverges_keeps_its_last_good_state_and_says_so(stand: Stan
     assert all(t.isfinite().all() for t in moe.state_dict().values())
     assert record["training"]["best_step"] == 0
     assert tree(stand.root / "stages") == before
-    assert not (good.parent / workdir.MANIFEST).exists()
+    assert not (good.parent / artifacts.MANIFEST).exists()
 
 
 def test_a_router_that_collapses_stops_its_layer(tmp_path: Path):
@@ -210,8 +211,8 @@ def test_no_json_of_any_artefact_holds_what_is_no_number(undisturbed: Stand):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_is_neither_written_nor_read(tmp_path: Path, value: float):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        workdir.write_json(tmp_path / "a.json", {"x": [value]})
+        durable.write_json(tmp_path / "a.json", {"x": [value]})
     assert not any(tmp_path.iterdir())
     (tmp_path / "a.json").write_text(json.dumps({"x": value}))
     with pytest.raises(ArtifactError, match="is no number"):
-        workdir.read_json(tmp_path / "a.json")
+        artifacts.read_json(tmp_path / "a.json")

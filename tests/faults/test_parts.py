@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from injection import Boundaries, Stand, tree
 
-from pipeline import workdir
+from pipeline import artifacts
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_a_part_killed_at_a_boundary_is_run_again_and_nothing_else_is(undisturbe
         for child in others:
             child.wait().check()
         kept = {p: p.stat().st_mtime_ns for p in work(bare).rglob("c.*.0")}
-        assert not (work(bare) / workdir.MANIFEST).exists()
+        assert not (work(bare) / artifacts.MANIFEST).exists()
         bare.run(CAPTURE, part=(2, 3)).check()
         assert tree(work(bare)) == tree(undisturbed.out(CAPTURE)), at
         changed = [p for p, was in kept.items() if p.stat().st_mtime_ns != was]
@@ -98,7 +98,7 @@ def test_a_kill_while_the_last_part_seals_is_made_good_by_the_stage(undisturbed,
         bare.run(CAPTURE, part=part).check()
     arm = Boundaries(bare.root, 1, where="/manifest.json.partial", torn=torn).arm
     assert bare.run(CAPTURE, part=PARTS[2], arm=arm).signal == signal.SIGKILL
-    assert not (work(bare) / workdir.MANIFEST).exists()
+    assert not (work(bare) / artifacts.MANIFEST).exists()
     again = bare.copy(bare.root.with_name("again"), scratch=True)
     assert "no model is loaded" in adopt(bare, undisturbed)
     assert "no model is loaded" in again.run(CAPTURE, part=(1, 3)).check().said

@@ -30,7 +30,8 @@ from pipeline.router import (
     thresholds,
 )
 from pipeline.shape import MoEShape
-from pipeline.store import LayerReader, LayerWriter
+from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 
 PROJECT = Path(__file__).parents[2]
 

@@ -22,7 +22,7 @@ from injection import SECRETS, Stand, tree
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pipeline import commits, compose, corpus, dense, documents, workdir
+from pipeline import artifacts, commits, compose, corpus, dense, documents
 from pipeline.config import DataConfig, DataSource
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.layers import layer_folders, load_layer
@@ -308,10 +308,10 @@ def test_a_file_of_an_artefact_that_is_a_link_out_of_it_is_refused(
         (folder / name).unlink()
         (folder / name).symlink_to(aside)
         if "cache" in aside.parts:
-            workdir.verify(folder)
+            artifacts.verify(folder)
             continue
         with pytest.raises(ArtifactError, match=f"{name}: it is a link to {aside}"):
-            workdir.verify(folder)
+            artifacts.verify(folder)
 
 
 def test_a_manifest_that_names_files_above_its_folder_is_refused(tmp_path: Path):
@@ -319,13 +319,13 @@ def test_a_manifest_that_names_files_above_its_folder_is_refused(tmp_path: Path)
     folder = tmp_path / "artefact"
     folder.mkdir()
     for name in ("../secret.txt", str(tmp_path / "secret.txt"), "a/../../secret.txt"):
-        workdir.write_manifest(folder, {})
-        manifest = workdir.read_manifest(folder)
-        manifest["files"] = {name: workdir.file_digest(tmp_path / "secret.txt")}
-        workdir.write_sealed(folder / workdir.MANIFEST, manifest)
+        artifacts.write_manifest(folder, {})
+        manifest = artifacts.read_manifest(folder)
+        manifest["files"] = {name: artifacts.file_digest(tmp_path / "secret.txt")}
+        artifacts.write_sealed(folder / artifacts.MANIFEST, manifest)
         for patterns in ((), ("*",), (name,)):
             with pytest.raises(ArtifactError, match="it is missing"):
-                workdir.verify(folder, *patterns)
+                artifacts.verify(folder, *patterns)
 
 
 def test_a_commit_that_names_files_above_its_store_is_refused(undisturbed: Stand, tmp_path: Path):
