@@ -1,8 +1,9 @@
 """The sparse layer, forward and backward, beside a dense FFN of equal active FLOPs, and beside
 transformers' own Mixtral and Qwen3Moe blocks in each of their implementations.
 
-Every step has fresh tokens, so that loads change as they do in training. Rates are steps a second:
-a ratio of 1 is the other's speed.
+Every step has fresh tokens, so that loads change as they do in training, and six come before those
+that are timed: libraries compile a kernel for each shape that they meet first, which a training is
+past after a few steps. Rates are steps a second: a ratio of 1 is the other's speed.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ class Size:
 ASKED = Size(512, 1024, 16, 2, 4096)
 SIZES = (ASKED, Size(512, 512, 32, 4, 4096))
 TINY = (Size(32, 16, 4, 2, 64),)
+WARM_UPS = 6  # steps
 GOALS = {"float32": ">= 0.65", "bfloat16": ">= 0.55"}
 
 
@@ -61,7 +63,7 @@ def _rows(size: Size, dtype: torch.dtype) -> Iterator[Row]:
             if how != "batched_mm" or size.tokens * size.top_k * size.d_ff_expert < 2**22
         },
     }  # batched_mm copies an expert's weights for every token: 60 GB at the sizes above
-    seconds = measure.turns(steps)
+    seconds = measure.turns(steps, warm_ups=WARM_UPS)
     goal = GOALS[dtype_name] if size == ASKED else ""
     yield measure.compare(
         f"layer, forward and backward, {dtype_name} / a dense FFN of equal active FLOPs",
@@ -89,7 +91,9 @@ def _stepper(module: nn.Module, size: Size, dtype: torch.dtype) -> Callable[[], 
     """A forward and backward pass over the next of some batches."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, size.tokens, size.d_model)
-    batches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(6)]
+    batches = [
+        torch.randn(shape, generator=generator).to(dtype) for _ in range(WARM_UPS + measure.repeats)
+    ]
     turn = iter(range(10**9))
 
     def step() -> None:

@@ -183,6 +183,8 @@ def _next(rows: Iterator[Row]) -> Row | None:
 
 
 def main() -> None:
+    from benchmarks import measure  # that of the benchmarks, not the one that runs as a program
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__)
     parser.add_argument("name", help="a module of benchmarks/ with `rows`")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
@@ -191,8 +193,7 @@ def main() -> None:
     args = parser.parse_args()
     runtime.configure(RuntimeConfig(threads=args.threads))
     if args.quick:
-        global repeats
-        repeats = 1
+        measure.repeats = 1
     found = []
     rows = import_module(f"benchmarks.{args.name}").rows(args.quick)
     while row := _next(rows):

@@ -4,7 +4,7 @@ sparse autoencoders keep.
 The rows are normal numbers with a scale of their own per channel, in bfloat16. A read is an epoch:
 every row once, shuffled, in batches. Files are in the page cache. Our writes are made durable
 (fsync), the Arrow cache's are not: it is written in a process of its own, as its users write it,
-and once more in ours, which keeps freed memory (`runtime.reuse_freed_memory`).
+and once more in ours, which keeps freed memory and has huge pages (`runtime.configure`).
 
 `python -m benchmarks.store FOLDER TOKENS D_MODEL` writes that cache once for each line it is given.
 """
@@ -52,7 +52,7 @@ def _rows(folder: Path, d_model: int, tokens: int) -> Iterator[Row]:
         codec.name: _writer(folder / codec.name, codec, x, y)
         for codec in (Codec.compact, Codec.fast, Codec.none)
     }
-    writes["kept"] = lambda: write_arrow(folder / "kept", x, y)
+    writes["arrow_here"] = lambda: write_arrow(folder / "arrow_here", x, y)
     with _arrow_users(folder / "arrow", tokens, d_model) as write:
         seconds = measure.turns(
             {**writes, "arrow": write},
@@ -62,9 +62,9 @@ def _rows(folder: Path, d_model: int, tokens: int) -> Iterator[Row]:
         ("compact", "arrow", ""),
         ("fast", "arrow", ">= 2"),
         ("none", "arrow", ""),
-        ("fast", "kept", ""),
+        ("fast", "arrow_here", ""),
     ):
-        also = ", with our memory settings" * (other == "kept")
+        also = ", with our memory settings" * (other == "arrow_here")
         yield measure.compare(
             f"store write, {codec} / Arrow cache of the same bytes{also}",
             seconds[codec],
@@ -157,13 +157,16 @@ def _arrow_users(path: Path, tokens: int, d_model: int) -> Iterator[Callable[[],
         given, told = process.stdin, process.stdout
         assert given and told
 
+        def wait_for(word: str) -> None:
+            if told.readline() != f"{word}\n":
+                raise RuntimeError(f"ended before it was {word}: {' '.join(line)}")
+
         def write() -> None:
             given.write("write\n")
-            if told.readline() != "written\n":
-                raise RuntimeError(f"the Arrow cache was not written: {' '.join(line)}")
+            wait_for("written")
 
+        wait_for("ready")
         yield write
-        given.close()
 
 
 def read_ours(reader: LayerReader, *, in_memory: bool = False) -> None:
@@ -210,6 +213,7 @@ def _bits(rows_: Tensor) -> np.ndarray:
 def main() -> None:
     path, tokens, d_model = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     x, y = activations(tokens, d_model, seed=0), activations(tokens, d_model, seed=1)
+    print("ready", flush=True)
     for _ in sys.stdin:
         write_arrow(path, x, y)
         print("written", flush=True)

@@ -216,8 +216,9 @@ def _begin(
         {"params": experts, "peak": cfg.learning_rate},
         {"params": list(norms.values()), "peak": cfg.learning_rate, "weight_decay": 0.0},
     ]
-    rate, decay = cfg.learning_rate, cfg.weight_decay
-    optimizer = torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True
+    )
     return Healing(model, sparse, layers, norms, optimizer, cfg, balance_bias_rate, dtype, total)
 
 

@@ -4,9 +4,8 @@
 any Zarr reader opens; bfloat16 lies there as uint16, and says so. With `capture.store=input` there
 is no `output`: the dense FFN beside the store, which its metadata names with its SHA-256, computes
 it again. Shard k of a split is a fixed range of its tokens, written whole and made durable before
-its commit is (`pipeline.commits`).
-That is needed because zarr reads a missing or empty shard as zeros, without an error, and never
-calls fsync. Checksums are taken while the bytes are written: nothing is read again for them.
+its commit is (`commits.py`, `store_writer.py`). That is needed because zarr reads a missing or
+empty shard as zeros, without an error, and never calls fsync.
 
 bf16 takes 0.69 of its raw size with the compact codec (zstd after a byte shuffle; the order-0
 entropy allows 0.66 to 0.68) and 0.75 with the fast one (lz4 after a bit shuffle). Nothing on disk

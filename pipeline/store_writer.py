@@ -1,7 +1,6 @@
-"""One layer's store, shard by shard; the format and its guarantees are told in `store.py`.
+"""Writes one layer's store, shard by shard; the format and its guarantees are told in `store.py`.
 
-Shard k of a split is a fixed range of its tokens, written whole and made durable before its commit
-is. Checksums are taken while the bytes are written: nothing is read again for them.
+Checksums are taken while the bytes are written: nothing is read again for them.
 """
 
 from collections.abc import Iterable

@@ -69,7 +69,7 @@ def bits(rows: Tensor) -> Tensor:
     return rows.contiguous().view(torch.uint8)
 
 
-def test_checksums_are_computed_in_c():
+def test_checksums_are_computed_by_the_hardware():
     assert crc32c.hardware_based
 
 

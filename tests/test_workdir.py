@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, locks, sources, workdir
+from pipeline import artifacts, locks, workdir
 from pipeline.errors import ArtifactError, ResourceError
 
 MODULE = "pipeline.errors"
@@ -117,7 +117,7 @@ def test_a_lock_dies_with_its_process(out: Path, tmp_path: Path):
     code = f"""
         import time
         from pathlib import Path
-        from pipeline import artifacts, sources, locks, workdir
+        from pipeline import locks
         with locks.lock(Path({str(tmp_path)!r}) / ".scratch/locks/thing", 1):
             print("held", flush=True)
             time.sleep(60)
@@ -139,9 +139,3 @@ def test_manifests_of_equal_work_are_equal_bytes(out: Path):
     shutil.rmtree(".scratch")
     produce(out)
     assert (out / artifacts.MANIFEST).read_bytes() == first
-
-
-def test_the_import_closure_follows_imports_inside_functions():
-    closure = {path.name for path in sources.import_closure("pipeline.stages.train")}
-    assert {"training.py", "store.py", "moe.py", "config.py"} <= closure
-    assert not {"report.py", "corpus.py", "checkpoint.py"} & closure
