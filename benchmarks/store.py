@@ -34,7 +34,7 @@ from pipeline.store_writer import LayerWriter
 SEQUENCE = 512
 BATCH = 2048
 SHARD_MB, CHUNK_MB = 100.0, 2.0
-SIZES = ((1024, 16384), (3072, 16384), (3072, 32768))  # d_model, tokens
+SIZES = ((1024, 16384), (3072, 32768))  # d_model, tokens
 TINY = ((64, 2048),)
 
 
