@@ -1,6 +1,8 @@
 """What the demo must reach; `make test-demo` runs this on the figures of the last `make demo`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,11 @@ def test_the_load_is_nearer_to_even_than_to_its_bound(metrics: dict):
     for layer in metrics["layers"].values():
         experts = len(layer["routing"]["load"])
         assert layer["routing"]["load_max_over_mean"] <= (1 + experts) / 2
+
+
+def test_a_plan_finds_every_stage_there(metrics: dict):
+    line = [sys.executable, "-m", "pipeline", "plan", "--json"]
+    done = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True, check=True)
+    stages = json.loads(done.stdout)["stages"]
+    assert stages.keys() >= {"dense", "evaluate"}
+    assert all(stage["there"] for stage in stages.values())
