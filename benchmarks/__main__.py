@@ -18,7 +18,8 @@ from pipeline import runtime
 from pipeline.config import RuntimeConfig
 
 NAMES = (
-    "layer", "store", "activations", "fitting", "sweep", "inference", "conversion", "startup",
+    "layer", "store", "reading", "activations", "fitting", "sweep", "inference", "conversion",
+    "startup",
 )  # fmt: skip
 LONGER = ("launching", "objects", "closed")
 """Run where they are named."""

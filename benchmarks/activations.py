@@ -26,7 +26,7 @@ SEQUENCE = 256
 LAYERS = 2
 GOALS = {Codec.fast: "<= 1.15", Codec.compact: "<= 1.3"}
 BF16, FP32 = torch.bfloat16, torch.float32
-SIZES = ((1024, 8192, FP32), (1024, 16384, BF16), (1024, 32768, BF16), (2048, 16384, BF16))
+SIZES = ((1024, 8192, FP32), (1024, 16384, BF16), (1024, 65536, BF16), (2048, 16384, BF16))
 EMULATED = ((1024, 8192, FP32), (1024, 16384, FP32), (2048, 4096, FP32))  # where bf16 has no units
 TINY = ((64, 1024, FP32),)  # d_model, tokens, dtype of the model
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from benchmarks import measure, s3
 from benchmarks.measure import Row
-from benchmarks.store import CHUNK_MB, SEQUENCE, activations, read_ours
+from benchmarks.reading import read_ours
+from benchmarks.store import CHUNK_MB, SEQUENCE, activations
 from pipeline.config import Codec
 from pipeline.store import LayerReader
 from pipeline.store_writer import LayerWriter

@@ -84,9 +84,8 @@ def capture_activations(
     check_disk = partial(check_room, folder, rows, ffns, cfg, **room, apart=store_url is not None)
     check_disk()
     with ThreadPoolExecutor(1) as thread:  # saves weights, and a shard while the next is computed
-        saved = thread.submit(_save, ffns, folder, part is None)
-        if store is Store.input:
-            saved.result()  # the stores name their digests
+        if store is Store.input:  # the stores name their digests
+            _save(ffns, folder, part is None)
         writers = {
             layer: LayerWriter.open(
                 folder / f"layer_{layer}.zarr",
@@ -116,11 +115,13 @@ def capture_activations(
         done = total - sum(shard.sequences.numel() for shard in missing)
         progress(done, total, "")
         behind: Future[None] | None = None
+        if store is not Store.input:
+            behind = thread.submit(_save, ffns, folder, part is None)
         for i, shard in enumerate(missing):
             rows_of = passes.rows(shard.sequences, shard.writers)
             if behind:
                 behind.result()
-                saved.result()
+            if i:
                 done += missing[i - 1].sequences.numel()
                 progress(done, total, missing[i - 1].split)
             if i == 1:  # now the ratio of these very activations is known
@@ -128,8 +129,7 @@ def capture_activations(
             behind = thread.submit(shard.write, rows_of)
         if behind:
             behind.result()
-            progress(total, total, "")
-        saved.result()
+        progress(total, total, "")
     if part is None:
         check_stores(folder, chosen, store_url)
 
@@ -212,8 +212,15 @@ class _Shard:
     writers: dict[int, LayerWriter]
 
     def write(self, rows: Rows) -> None:
-        for layer, (ffn_input, ffn_output) in rows.items():
-            self.writers[layer].write_shard(self.split, self.k, ffn_input, ffn_output)
+        """Make them durable; one layer is compressed while another waits for the disk."""
+        n_threads = torch.get_num_threads()
+        at_once = min(n_threads, len(rows))
+
+        def write_layer(layer: int) -> None:
+            self.writers[layer].write_shard(self.split, self.k, *rows[layer], n_threads // at_once)
+
+        with ThreadPoolExecutor(at_once) as threads:
+            list(threads.map(write_layer, rows))
 
 
 def _missing(

@@ -31,10 +31,14 @@ class Encoder:
     Args:
         chunk_rows: of each chunk; the last one is filled up with zeros.
         chunks_per_shard: entries of the index; a chunk without any row is absent.
+        threads: that encode; null = as many as torch's.
     """
 
-    def __init__(self, codec: Codec, chunk_rows: int, chunks_per_shard: int) -> None:
+    def __init__(
+        self, codec: Codec, chunk_rows: int, chunks_per_shard: int, threads: int | None = None
+    ) -> None:
         self.chunk_rows, self.chunks_per_shard = chunk_rows, chunks_per_shard
+        self._threads = threads or torch.get_num_threads()
         self._blosc: Blosc | None = None
         if codec is not Codec.none:
             how = BLOSC[codec]
@@ -48,7 +52,7 @@ class Encoder:
         self._chunks = [None for _ in range(self.chunks_per_shard)]
         index = np.full((self.chunks_per_shard, 2), ABSENT, "<u8")
         starts = range(0, len(rows), self.chunk_rows)
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with ThreadPoolExecutor(self._threads) as threads:
             encoded = threads.map(lambda at: self._encode(rows[at : at + self.chunk_rows]), starts)
             for k, (content, crc) in enumerate(encoded):
                 index[k] = self._size, len(content) + CRC

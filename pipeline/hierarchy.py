@@ -126,9 +126,17 @@ def _differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
 
 
 def write_rows(
-    place: Files | Objects, layout: Layout, array: str, start: int, rows: Tensor
+    place: Files | Objects,
+    layout: Layout,
+    array: str,
+    start: int,
+    rows: Tensor,
+    threads: int | None = None,
 ) -> dict[str, Commit]:
     """Write the whole shard of `array` that begins at row `start`; durable on return.
+
+    Args:
+        threads: that encode for a folder; null = as many as torch's.
 
     Returns:
         The shard's key in `place`, with its size, its crc32c and those of its chunks.
@@ -137,7 +145,7 @@ def write_rows(
         with place.told(array):
             return _put_rows(_Objects(place, layout.chunks_per_shard), array, start, rows)
     key = f"{array}/{shard_key(start // layout.shard_rows)}"
-    encoder = Encoder(layout.codec, layout.chunk_rows, layout.chunks_per_shard)
+    encoder = Encoder(layout.codec, layout.chunk_rows, layout.chunks_per_shard, threads)
     _write(place.root / key, encoder.pieces(_to_numpy(rows)))
     fsync(place.root / array)
     return {key: encoder.described()}

@@ -32,8 +32,8 @@ def test_every_benchmark_runs_and_its_rows_have_their_fields(tmp_path):
     rows = json.loads(output.read_text()) + json.loads(more.read_text())
     names = {row["command"].split()[-1] for row in rows}
     assert names == {
-        "layer", "store", "objects", "activations", "fitting", "sweep", "inference", "conversion",
-        "launching", "startup",
+        "layer", "store", "reading", "objects", "activations", "fitting", "sweep", "inference",
+        "conversion", "launching", "startup",
     }  # fmt: skip
     for row in rows:
         assert row.keys() == FIELDS | {"command", "machine"}

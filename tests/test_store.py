@@ -192,6 +192,22 @@ def test_writer_refuses_what_is_not_finite(tmp_path, value, side):
     assert writer.committed("train") == set()
 
 
+def test_writer_refuses_infinities_that_cancel_each_other(tmp_path):
+    writer = LayerWriter.open(tmp_path / "layer_0.zarr", **SETTINGS)
+    pair = [rows[:24].clone() for rows in activations(SETTINGS)["train"]]
+    pair[0][3, 1], pair[0][4, 1] = math.inf, -math.inf
+    with pytest.raises(InputError, match="at token 3, channel 1"):
+        writer.write_shard("train", 0, *pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_finite_rows_whose_sum_overflows_are_stored(tmp_path, dtype):
+    x = torch.full((8, 16), torch.finfo(dtype).max, dtype=dtype)
+    assert x.sum().isinf()
+    reader = write(tmp_path / "layer_0.zarr", {"train": (x, -x)}, rows={"train": 8}, dtype=dtype)
+    assert all(map(torch.equal, reader.read("train"), (x, -x)))
+
+
 def test_overflow_in_float16_proposes_bfloat16(tmp_path):
     settings = SETTINGS | {"dtype": torch.float16, "rows": {"train": 8}}
     writer = LayerWriter.open(tmp_path / "layer_0.zarr", **settings)
