@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline import dense, hosts, proof, weights
+from pipeline import dense, hosts, pretrained, proof, weights
 from pipeline.assembly import read_norms, replace_ffns, set_norms
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import check_weights, layer_folders, load_layer, read_shape
@@ -156,7 +156,7 @@ class Conversion:
             hosted = auto_class.from_config(config, dtype=self.dtype)
         if causal:
             hosted.generation_config = self._generation_config()
-        tokenizer = dense.load_tokenizer(self.source, **self.loading)
+        tokenizer = pretrained.load_tokenizer(self.source, **self.loading)
         hosted.save_pretrained(folder, state_dict={})
         tokenizer.save_pretrained(folder)
         return weights.write(folder, self.planned(), self.tensors(), max_shard_size)

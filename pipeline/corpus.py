@@ -4,6 +4,7 @@ On CPython 3.11 the embedded text gives 1.57 MB to train, 0.10 MB to validation 
 heldout, of whose tokens 0.1 % lie in runs of 16 that train also has (7 % without `_novel`).
 """
 
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import preflight
 from pipeline.artifacts import how_to_redo
-from pipeline.config import SPLITS, DataConfig, DataSource, TokensConfig
+from pipeline.config import SPLITS, DataConfig, DataSource
 from pipeline.documents import Document, digest, read_documents, shifted_documents
 from pipeline.durable import write_json
 from pipeline.errors import ArtifactError, InputError
@@ -92,10 +93,9 @@ def check_token_ids(blocks: torch.Tensor, embedding_rows: int) -> None:
         )
 
 
-def _limited(documents: Iterable[Document], budget: TokensConfig) -> Iterator[Document]:
-    """The first documents that are sure to fill the token budgets, so that a stream ends."""
-    tokens = max(getattr(budget, name) / share for name, share in SHARES.items())
-    left = tokens * CHARACTERS_PER_TOKEN
+def _limited(documents: Iterable[Document], tokens: float | None) -> Iterator[Document]:
+    """The first documents that are sure to hold so many tokens, so that a stream ends."""
+    left = math.inf if tokens is None else tokens * CHARACTERS_PER_TOKEN
     for document in documents:
         yield document
         left -= len(document.text)
@@ -115,7 +115,8 @@ def read_splits(cfg: DataConfig) -> tuple[int, dict[str, list[Document]]]:
     """
     documents = read_documents(cfg)
     if cfg.source is not DataSource.embedded:
-        read = list(islice(_limited(documents, cfg.tokens), cfg.max_samples))
+        tokens = max(getattr(cfg.tokens, name) / share for name, share in SHARES.items())
+        read = list(islice(_limited(documents, tokens), cfg.max_samples))
         return len(read), split(read)
     whole = list(documents)
     read = whole[: cfg.max_samples]
@@ -206,7 +207,8 @@ def pack(
     remaining = iter(documents)
     body = sequence_length - frame
     while max_tokens is None or len(stream) < max_tokens:
-        texts = [document.text for document in islice(remaining, 256)]
+        missing = None if max_tokens is None else max_tokens - len(stream)
+        texts = [document.text for document in islice(_limited(remaining, missing), 256)]
         if not texts:
             break
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:

@@ -3,11 +3,10 @@
 Where its FFNs lie is found in `pipeline/discovery.py`.
 """
 
-import contextlib
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,17 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.hub import cached_file
 
-from pipeline import artifacts, modeling, preflight, record, runtime
+from pipeline import artifacts, modeling, record, runtime
 from pipeline.config import ModelConfig
 from pipeline.discovery import find_ffns, text_config
-from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.errors import InputError
+from pipeline.pretrained import check_source, explained
 
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 RECORDED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 """Files of a model that decide what it computes, code included."""
 modeling.register()  # a converted model can be opened here too, with no code of its folder
@@ -59,8 +54,8 @@ def load_model(
         ConfigError: remote code without a pinned revision.
         InputError: the model is missing, gated or unusable; one line says why.
     """
-    _check_source(source, revision, trust_remote_code)
-    with _explained(source):
+    check_source(source, revision, trust_remote_code)
+    with explained(source):
         config = _config(source, revision, trust_remote_code)
         loaded = auto_class(config).from_pretrained(
             source,
@@ -103,17 +98,6 @@ def load_recorded(
     return model
 
 
-def load_tokenizer(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; `InputError` when there is none."""
-    _check_source(source, revision, trust_remote_code)
-    with _explained(source):
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
-
-
 def resolve(
     source: str,
     *,
@@ -127,7 +111,7 @@ def resolve(
     """
     described = inspect(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     commit = described["revision"]
-    with _explained(source):
+    with explained(source):
         folder = Path(source if commit is None else snapshot_download(source, revision=commit))
     files = sorted(p for p in folder.iterdir() if p.suffix in RECORDED)
     return {"digests": {p.name: artifacts.file_digest(p) for p in files}, **described}
@@ -151,8 +135,8 @@ def skeleton(
     source: str, *, revision: str | None, dtype: str, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model on the meta device: its modules, no weights; raises as `load_model`."""
-    _check_source(source, revision, trust_remote_code)
-    with _explained(source):
+    check_source(source, revision, trust_remote_code)
+    with explained(source):
         config = _config(source, revision, trust_remote_code)
         stored = config.dtype or torch.float32
         with torch.device("meta"):
@@ -199,98 +183,6 @@ def auto_class(config: PreTrainedConfig) -> Any:
     else:
         is_causal = config.model_type in causal
     return AutoModelForCausalLM if is_causal else AutoModel
-
-
-def _check_source(source: str, revision: str | None, trust_remote_code: bool) -> None:
-    if trust_remote_code and revision is None and not Path(source).is_dir():
-        raise ConfigError(
-            "Remote code is asked for without saying which.",
-            value=f"{source}, revision null",
-            rule="code of the hub runs only from a pinned commit",
-            remedy="set model.revision to a commit, or model.trust_remote_code=false",
-        )
-    folder, local = Path(source), Path(source).is_dir()
-    if local and (folder / ADAPTER).exists():
-        raise InputError(
-            "The model is an adapter of another one.",
-            value=(folder / ADAPTER).absolute(),
-            rule="a whole model: what an adapter names would be loaded in its place",
-            remedy="merge the adapter into its model and save that",
-        )
-    names = {p.name for p in folder.glob("*.safetensors")} if local else set()
-    index = folder / INDEX if local else _of_the_hub(source, INDEX, revision)
-    if index is not None and index.is_file():
-        names |= _indexed(index)
-    for name in sorted(names):
-        outside = local and not _is_inside(folder / name, folder)
-        if Path(name).name != name or outside:
-            raise InputError(
-                "The model's weights lie outside its folder.",
-                value=f"{name} -> {(folder / name).resolve()}",
-                rule="weight files are plain names of files in the model's folder",
-                remedy="copy the file into the folder, or do not use this model",
-            )
-
-
-def _of_the_hub(source: str, name: str, revision: str | None) -> Path | None:
-    """A small file of a hub model, fetched where it is not cached; None where it has none."""
-    quiet = {
-        f"_raise_exceptions_for_{what}": False
-        for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    try:
-        found = cached_file(source, name, revision=revision, **quiet)
-    except (OSError, ValueError):  # what is wrong is told when the model is asked for
-        return None
-    return Path(found) if found else None
-
-
-def _indexed(index: Path) -> set[str]:
-    """The weight files that an index names."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        names, why = {None}, f"{type(error).__name__}: {error}"
-    else:
-        why = "a file's name is no text"
-    if not all(isinstance(name, str) for name in names):
-        raise InputError(
-            "The index of the model's weights cannot be read.",
-            value=f"{index.absolute()}: {why}",
-            rule='{"weight_map": {<tensor>: <file>}} in JSON',
-            remedy="fetch the model again",
-        )
-    return names  # pyright: ignore[reportReturnType]
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file is in the folder, or, of a folder of the hub's cache, among its blobs."""
-    real, own = path.resolve(), folder.resolve()
-    cached = own.parent.name == "snapshots" and own.parent.parent / "blobs" == real.parent
-    return real.parent == own or cached
-
-
-@contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """transformers' many ways to fail on a missing, gated or malformed model, as one `InputError`.
-
-    Whatever it raises: a configuration that is not what its class expects ends in any exception.
-    """
-    try:
-        yield
-    except (PipelineError, MemoryError):
-        raise
-    except Exception as error:
-        if preflight.refusal(error, "") is not None:  # the machine's fault and not the model's
-            raise
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise InputError(
-            "The dense model cannot be loaded.",
-            value=f"{source}: {type(error).__name__}: {first.strip()[:300]}",
-            rule="a hub id, or a folder with config.json, safetensors and a tokenizer",
-            remedy="check the name; a gated model needs `hf auth login` or HF_TOKEN; "
-            "HF_HUB_OFFLINE=1 finds only what is cached",
-        ) from None
 
 
 # Choosing layers

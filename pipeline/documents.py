@@ -9,6 +9,7 @@ import ast
 import errno
 import glob
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
@@ -87,8 +88,12 @@ def source_documents() -> Iterator[Document]:
 
 def _standard_library() -> dict[str, Path]:
     """The modules that are read, by path relative to the library's folder."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    root, paths = Path(sysconfig.get_path("stdlib")), {}
+    for folder, below, files in os.walk(root):
+        place = Path(folder).relative_to(root)
+        below[:] = [name for name in below if not NOT_READ.search((place / name).as_posix())]
+        names = {(place / name).as_posix(): Path(folder, name) for name in files}
+        paths |= {name: path for name, path in names.items() if name.endswith(".py")}
     return {name: path for name, path in paths.items() if not NOT_READ.search(name)}
 
 

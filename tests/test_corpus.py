@@ -252,12 +252,17 @@ def test_pack_frames_each_block_where_the_tokenizer_frames_its_texts():
     assert corpus.pack(encoder, texts, 4, 11).tolist() == blocks[:2].tolist()  # type: ignore[arg-type]
 
 
-def test_pack_reads_no_further_than_its_budget():
+@pytest.mark.parametrize(("words", "read"), [(3, 96), (1000, 1)])
+def test_pack_reads_no_further_than_its_budget(words, read):
+    given = []
+
     def endless() -> Iterable[Document]:
         while True:
-            yield Document("a", "2 3 4")
+            given.append(" ".join("2" for _ in range(words)))
+            yield Document("a", given[-1])
 
     assert corpus.pack(Words(0, None), endless(), 8, 80).shape == (10, 8)  # type: ignore[arg-type]
+    assert len(given) == read, "as many as hold six characters for each token"
 
 
 @pytest.mark.parametrize("budget", [None, 3])

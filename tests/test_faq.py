@@ -26,6 +26,7 @@ from pipeline import (
     objects,
     prefill,
     preflight,
+    pretrained,
     record,
     runtime,
     store,
@@ -89,7 +90,7 @@ def data_file(text: str, column: str = "text") -> Provocation:
 def too_little(project: Path, patch: pytest.MonkeyPatch) -> None:
     write_dense(project / "dense")
     short = [documents.Document("a", "word")]
-    corpus.pack(dense.load_tokenizer(str(project / "dense")), short, 512, name="validation")
+    corpus.pack(pretrained.load_tokenizer(str(project / "dense")), short, 512, name="validation")
 
 
 def fitted(**changed: object) -> Provocation:

@@ -66,7 +66,7 @@ def run(cfg: Config) -> None:
     _check_lineage(inputs, list(layers))
 
     def compute(folder: Path) -> None:
-        from pipeline import card, corpus, dense, evaluation, report, speed
+        from pipeline import card, corpus, dense, evaluation, pretrained, report, speed
 
         device = runtime.pick_device(cfg.runtime)
         models = {
@@ -82,7 +82,7 @@ def run(cfg: Config) -> None:
         with progress.shown("evaluate", "tokens") as shown:
             measured = evaluation.measure(
                 **models,
-                tokenizer=dense.load_tokenizer(str(CONVERT)),
+                tokenizer=pretrained.load_tokenizer(str(CONVERT)),
                 tokens=TOKENS,
                 layers=layers,
                 stores={k: LayerReader(s.path, device, url) for k, s in stores.items()},

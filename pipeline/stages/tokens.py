@@ -23,10 +23,10 @@ def run(cfg: Config) -> None:
     lineage.check(cfg, [DENSE])
 
     def compute(folder: Path) -> None:
-        from pipeline import corpus, dense
+        from pipeline import corpus, pretrained
 
         source, revision = record.source(cfg.model, DENSE)
-        tokenizer = dense.load_tokenizer(
+        tokenizer = pretrained.load_tokenizer(
             source, revision=revision, trust_remote_code=cfg.model.trust_remote_code
         )
         corpus.write_blocks(cfg.data, tokenizer, folder)

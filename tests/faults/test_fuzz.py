@@ -17,7 +17,18 @@ import transformers as tf
 import yaml
 from injection import Stand
 
-from pipeline import artifacts, assembly, commits, compose, corpus, dense, documents, record, resume
+from pipeline import (
+    artifacts,
+    assembly,
+    commits,
+    compose,
+    corpus,
+    dense,
+    documents,
+    pretrained,
+    record,
+    resume,
+)
 from pipeline.config import DataConfig, DataSource
 from pipeline.errors import ArtifactError, ConfigError, InputError, PipelineError
 from pipeline.ffn import DenseFFN
@@ -325,7 +336,7 @@ def test_configuration_of_a_model(model: Path):
 
 
 def test_index_of_a_models_weights(model: Path):
-    path = model / dense.INDEX
+    path = model / pretrained.INDEX
     index = json.loads(path.read_text())
 
     def read() -> str:
@@ -353,7 +364,7 @@ def test_weights_of_a_model(model: Path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_tokenizer(undisturbed: Stand, tmp_path: Path, name: str):
     folder = shutil.copytree(undisturbed.root / "stages/dense/model", tmp_path / "model")
-    read = lambda: dense.load_tokenizer(str(folder))  # noqa: E731
+    read = lambda: pretrained.load_tokenizer(str(folder))  # noqa: E731
     fuzz(folder / name, read, 25, (InputError,), right=anything)
 
 

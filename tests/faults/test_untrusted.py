@@ -22,7 +22,7 @@ from injection import SECRETS, Stand, tree
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pipeline import artifacts, commits, compose, corpus, dense, documents
+from pipeline import artifacts, commits, compose, corpus, dense, documents, pretrained
 from pipeline.config import DataConfig, DataSource
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.layers import layer_folders, load_layer
@@ -83,7 +83,7 @@ def test_a_pickle_in_place_of_the_weights_is_not_opened(tmp_path: Path):
     (folder / "model.safetensors").unlink()
     set_traps(folder, tmp_path / "mark")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
-    for name in ("pytorch_model.bin.index.json", dense.INDEX):
+    for name in ("pytorch_model.bin.index.json", pretrained.INDEX):
         (folder / name).write_text(json.dumps(index))
         with pytest.raises(InputError):
             dense.load_model(str(folder))
@@ -96,7 +96,7 @@ def test_an_adapter_that_names_another_model_is_refused(tmp_path: Path):
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
     other = {"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(other))
-    for read in (dense.load_model, dense.inspect, dense.load_tokenizer):
+    for read in (dense.load_model, dense.inspect, pretrained.load_tokenizer):
         with pytest.raises(InputError, match="adapter"):
             read(str(folder))
     assert not (tmp_path / "mark").exists()
@@ -241,7 +241,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
         weights.rename((snapshot / where).with_suffix(".safetensors"))
         tensors = tf.LlamaForCausalLM(SMALL).state_dict()
         index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, f"{where}.safetensors")}
-        (snapshot / dense.INDEX).write_text(json.dumps(index))
+        (snapshot / pretrained.INDEX).write_text(json.dumps(index))
     done = subprocess.run(
         [sys.executable, "-c", AS_A_STRANGER_WROTE_IT, str(mark), str(folder)],
         env=os.environ
