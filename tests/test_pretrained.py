@@ -18,11 +18,11 @@ def test_a_tokenizer_is_loaded_without_the_import_of_models(tmp_path: Path):
         "import sys\n"
         "from pipeline import corpus, pretrained\n"
         f"print(len(pretrained.load_tokenizer({str(tmp_path)!r})))\n"
-        "print({'transformers.modeling_utils', 'torch._dynamo'} & set(sys.modules))\n"
+        "print('transformers.modeling_utils' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    size, heavy = done.stdout.split()
-    assert int(size) > 256 and heavy == "set()"
+    size, models = done.stdout.split()
+    assert int(size) > 256 and models == "False"
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path: Path):
