@@ -16,7 +16,7 @@ from small import PROJECT, TEXT, SmallCheckout, write_dense
 
 from pipeline import refusals
 from pipeline.__main__ import TOOLS, main
-from pipeline.plan import OUTPUTS
+from pipeline.planned import OUTPUTS
 
 
 def fenced(document: str, language: str) -> list[str]:

@@ -26,7 +26,7 @@ from test_store import SETTINGS, Data, activations, fill, tree, write
 from zarr.storage import ObjectStore
 
 from benchmarks import s3
-from pipeline import artifacts, compose, durable, objects, outline, plan, store, verify
+from pipeline import artifacts, compose, durable, objects, outline, planned, store, verify
 from pipeline.artifacts import STAGES
 from pipeline.config import Codec, Config, select
 from pipeline.errors import ArtifactError, ConfigError, ResourceError
@@ -540,11 +540,11 @@ def test_capture_and_train_give_the_bytes_of_a_local_run_and_keep_no_address(
     (found,) = from_there(url)
     assert found == {f"layer_{k}.zarr/{key}": v for k in layers for key, v in golden[k].items()}
     sizes = [p.stat().st_size for p in CAPTURE.rglob("*") if p.is_file()]
-    planned = plan.make(cfg, outline.record_of(cfg, DENSE))
-    assert planned.costs["capture"].files == len(sizes)
-    assert planned.costs["capture"].bytes == pytest.approx(sum(sizes), rel=0.05)
+    plan = planned.make(cfg, outline.record_of(cfg, DENSE))
+    assert plan.costs["capture"].files == len(sizes)
+    assert plan.costs["capture"].bytes == pytest.approx(sum(sizes), rel=0.05)
     there = sum(len(content) for key, content in found.items() if "/c." in key)
-    assert planned.apart == pytest.approx(there, rel=0.05)
+    assert plan.apart == pytest.approx(there, rel=0.05)
     assert trained(cfg) == one
 
     (before,) = prints()

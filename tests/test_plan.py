@@ -19,7 +19,8 @@ from pipeline.__main__ import main
 from pipeline.config import Config, Store
 from pipeline.documents import Document
 from pipeline.errors import InputError
-from pipeline.plan import Free, Plan
+from pipeline.levers import levers
+from pipeline.planned import OUTPUTS, Free, Plan, make
 from pipeline.pretrain import train_tokenizer
 from pipeline.stages import DENSE
 
@@ -181,7 +182,7 @@ class Run:
 
     def plan(self, *more: str, free: Free = ROOMY) -> Plan:
         cfg = self.cfg(*more)
-        return plan.make(cfg, outline.record_of(cfg, DENSE), free)
+        return make(cfg, outline.record_of(cfg, DENSE), free)
 
     def cfg(self, *more: str) -> Config:
         return compose.load([*self.settings, *more])
@@ -253,7 +254,7 @@ def test_the_ratio_of_a_store_that_is_there_corrects_the_plan(planned: Plan, run
 @pytest.mark.slow
 def test_finished_stages_cost_no_more_and_lend_their_time(planned: Plan, run: Run):
     found = run.plan()
-    assert found.there == list(plan.OUTPUTS)[:-1] and found.left.keys() == {"evaluate"}
+    assert found.there == list(OUTPUTS)[:-1] and found.left.keys() == {"evaluate"}
     assert found.disk < 4_000_000 and not planned.there
     taken = measured.read(Path(".scratch"))
     assert taken.keys() >= {"capture", "train-layer_0", "train-layer_2", "convert"}
@@ -276,9 +277,7 @@ def wide(*more: str) -> tuple[Config, dict[str, Any]]:
 def test_shards_on_an_object_store_take_no_disk_and_are_told(
     project: Path, capsys: pytest.CaptureFixture[str]
 ):
-    here, apart = (
-        plan.make(*wide(*url), ROOMY) for url in ([], ["capture.store_url=s3://bucket/a"])
-    )
+    here, apart = (make(*wide(*url), ROOMY) for url in ([], ["capture.store_url=s3://bucket/a"]))
     cost = apart.costs["capture"]
     assert cost.bytes + apart.apart == pytest.approx(here.costs["capture"].bytes, rel=0.001)
     assert cost.bytes < 0.05 * apart.apart and cost.files < here.costs["capture"].files / 2
@@ -289,7 +288,7 @@ def test_shards_on_an_object_store_take_no_disk_and_are_told(
 
 def test_a_store_of_inputs_takes_half(project: Path):
     both, half = (
-        plan.make(*wide(f"capture.store={store.name}"), ROOMY).costs["capture"] for store in Store
+        make(*wide(f"capture.store={store.name}"), ROOMY).costs["capture"] for store in Store
     )
     assert half.bytes == pytest.approx(both.bytes / 2, rel=0.05) and half.files < both.files
 
@@ -313,7 +312,7 @@ def test_a_store_of_inputs_takes_half(project: Path):
     ],
 )
 def test_what_a_setting_costs_is_in_the_plan(project: Path, setting: str, stage: str, what: str):
-    before, after = (plan.make(*wide(*more), ROOMY).costs for more in ([], [setting]))
+    before, after = (make(*wide(*more), ROOMY).costs for more in ([], [setting]))
     assert getattr(before[stage], what) != getattr(after[stage], what)
     lower = ("false", "stream", "max_batches", "max_steps")
     assert (getattr(after[stage], what) < getattr(before[stage], what)) == any(
@@ -323,9 +322,7 @@ def test_what_a_setting_costs_is_in_the_plan(project: Path, setting: str, stage:
 
 def test_on_a_gpu_the_models_lie_there(project: Path):
     cfg, record = wide("heal.tokens=65536")
-    here, there = (
-        plan.make(cfg, record, replace(ROOMY, gpu=gpu)).costs for gpu in (None, 8 * 10**10)
-    )
+    here, there = (make(cfg, record, replace(ROOMY, gpu=gpu)).costs for gpu in (None, 8 * 10**10))
     for stage in ("dense", "capture", "train", "heal", "evaluate"):
         assert here[stage].gpu == 0 < there[stage].gpu
         assert there[stage].host < here[stage].host
@@ -334,24 +331,24 @@ def test_on_a_gpu_the_models_lie_there(project: Path):
 def test_every_lever_lowers_what_is_lacking_by_its_number(project: Path):
     cfg, record = wide()
     free = Free(disk=2 * 10**9, files=1000, memory=10**12, gpu=None)
-    found = plan.make(cfg, record, free)
+    found = make(cfg, record, free)
     assert [text.split(":")[0] for text in found.lacking()] == ["disk", "files"]
-    offers = plan.levers(cfg, record, found)
+    offers = levers(cfg, record, found)
     assert offers[0].startswith("data.tokens.train=") and "which fits" in offers[0]
     tokens = int(offers[0].partition("=")[2].partition(" ")[0])
-    fits = plan.make(*wide(f"data.tokens.train={tokens}"), free)
+    fits = make(*wide(f"data.tokens.train={tokens}"), free)
     assert not fits.lacking()
     more = f"data.tokens.train={tokens + cfg.train.batch_size}"
-    assert plan.make(*wide(more), free).lacking()
+    assert make(*wide(more), free).lacking()
     assert any(text.startswith("capture.store=input (disk ") for text in offers)
     assert any(text.startswith("model.layers=[0,1] (disk ") for text in offers)
 
 
 def test_memory_has_levers_of_its_own(project: Path):
     cfg, record = wide("train.batch_size=65536")
-    found = plan.make(cfg, record, replace(ROOMY, memory=2_500_000_000))
+    found = make(cfg, record, replace(ROOMY, memory=2_500_000_000))
     assert any("memory of train" in text for text in found.lacking())
-    offers = plan.levers(cfg, record, found)
+    offers = levers(cfg, record, found)
     assert any(text.startswith("train.stream=true (train ") for text in offers)
     assert any(text.startswith("train.batch_size=512 (train ") for text in offers)
 
@@ -368,7 +365,7 @@ def test_plan_ends_with_0_and_a_verdict_where_it_fits(
     assert call("experiment=pico") == 0
     said = capsys.readouterr().out
     assert said.splitlines()[-1].startswith("It fits: ")
-    for stage in plan.OUTPUTS:
+    for stage in OUTPUTS:
         assert f" {stage} " in said
 
 
@@ -385,7 +382,7 @@ def test_plan_ends_with_4_and_levers_where_it_does_not(
 def test_plan_prints_only_json_when_asked(project: Path, capsys: pytest.CaptureFixture[str]):
     assert call("--json", "experiment=pico") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["stages"].keys() == plan.OUTPUTS.keys()
+    assert found["fits"] and found["stages"].keys() == OUTPUTS.keys()
     assert found["need"]["disk"] > sum(c["bytes"] for c in found["stages"].values())
     assert {c["seconds"] for c in found["stages"].values()} == {None}
     assert call("--json", "--measure", "experiment=pico") == 0

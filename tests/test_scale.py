@@ -10,7 +10,7 @@ import pytest
 import yaml
 from small import PROJECT
 
-from pipeline import compose, cost, outline, plan
+from pipeline import compose, cost, outline, planned
 from pipeline.config import Config
 from pipeline.preflight import size
 from pipeline.stages import DENSE
@@ -29,7 +29,7 @@ LLAMA_70B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-NODE = plan.Free(disk=10**15, files=None, memory=2 * 10**12, gpu=80 * 10**9)
+NODE = planned.Free(disk=10**15, files=None, memory=2 * 10**12, gpu=80 * 10**9)
 
 
 def flat(settings: dict, above: str = "") -> list[str]:
@@ -59,7 +59,7 @@ def configured(folder: Path, *more: str) -> Config:
 
 def costs(folder: Path, *more: str) -> dict[str, cost.Cost]:
     cfg = configured(folder, *more)
-    return plan.make(cfg, outline.record_of(cfg, DENSE, online=False), NODE).costs
+    return planned.make(cfg, outline.record_of(cfg, DENSE, online=False), NODE).costs
 
 
 def cells(name: str, c: cost.Cost) -> list[str]:

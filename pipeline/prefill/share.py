@@ -59,13 +59,13 @@ def _most(units: list[Unit], cfg: Config, memory: int | None) -> int:
 
 def _memory(units: list[Unit]) -> int | None:
     """Bytes of a GPU that the largest layer takes, where several may share one."""
-    from pipeline import cost, outline, plan
+    from pipeline import cost, outline, planned
 
     most = 0
     for unit in units:
         cfg = unit.cfg()
         if unit.kind == "layer" and cfg.prefill.layers_per_gpu is None:
-            sizes = plan.sizes_of(cfg, outline.record_of(cfg, DENSE), on_gpu=True)
+            sizes = planned.sizes_of(cfg, outline.record_of(cfg, DENSE), on_gpu=True)
             most = max(most, cost.train_layer(sizes, int(unit.what)).gpu)
     return most or None
 
