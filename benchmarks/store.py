@@ -126,12 +126,12 @@ def _arrow_users(path: Path, tokens: int, d_model: int) -> Iterator[Callable[[],
             if told.readline() != f"{word}\n":
                 raise RuntimeError(f"ended before it was {word}: {' '.join(line)}")
 
-        def write() -> None:
+        def write_theirs() -> None:
             given.write("write\n")
             wait_for("written")
 
         wait_for("ready")
-        yield write
+        yield write_theirs
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ from pipeline.store import LayerReader
 from pipeline.store_writer import LayerWriter
 
 T = TypeVar("T")
+AT_ONCE = 2
+"""Layers whose shards are written at the same time; each holds a compressed array meanwhile."""
 
 
 def capture_activations(
@@ -83,9 +85,9 @@ def capture_activations(
     room = {"store": store, "dtype": dtype, "sequence_length": sequence_length}
     check_disk = partial(check_room, folder, rows, ffns, cfg, **room, apart=store_url is not None)
     check_disk()
+    if store is Store.input:  # the stores name their digests
+        _save(ffns, folder, part is None)
     with ThreadPoolExecutor(1) as thread:  # saves weights, and a shard while the next is computed
-        if store is Store.input:  # the stores name their digests
-            _save(ffns, folder, part is None)
         writers = {
             layer: LayerWriter.open(
                 folder / f"layer_{layer}.zarr",
@@ -214,13 +216,14 @@ class _Shard:
     def write(self, rows: Rows) -> None:
         """Make them durable; one layer is compressed while another waits for the disk."""
         n_threads = torch.get_num_threads()
-        at_once = min(n_threads, len(rows))
+        at_once = min(AT_ONCE, n_threads)
 
         def write_layer(layer: int) -> None:
-            self.writers[layer].write_shard(self.split, self.k, *rows[layer], n_threads // at_once)
+            threads = -(-n_threads // min(at_once, len(rows)))
+            self.writers[layer].write_shard(self.split, self.k, *rows[layer], threads)
 
-        with ThreadPoolExecutor(at_once) as threads:
-            list(threads.map(write_layer, rows))
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(write_layer, rows))
 
 
 def _missing(

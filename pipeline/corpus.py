@@ -94,7 +94,7 @@ def check_token_ids(blocks: torch.Tensor, embedding_rows: int) -> None:
 
 
 def _limited(documents: Iterable[Document], tokens: float | None) -> Iterator[Document]:
-    """The first documents that are sure to hold so many tokens, so that a stream ends."""
+    """The first documents that should hold so many tokens, so that a stream ends."""
     left = math.inf if tokens is None else tokens * CHARACTERS_PER_TOKEN
     for document in documents:
         yield document

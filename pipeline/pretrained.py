@@ -1,7 +1,8 @@
 """What may be loaded from a model's folder or the hub, and its tokenizer.
 
 Apart from `pipeline/dense.py` because a tokenizer needs none of transformers' models, whose import
-takes seconds.
+takes seconds. That of a converted model of our own type wants `modeling.register()` first, which
+`dense` calls, or transformers does not know the type.
 """
 
 import contextlib

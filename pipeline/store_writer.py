@@ -172,11 +172,11 @@ class LayerWriter:
         self._write_commit(split, k, commits.make_commit(self.path, self.layout, split, k, shards))
 
     def _check_finite(self, rows: Tensor, split: str, k: int, name: str) -> None:
-        # 40 times as fast as isfinite().all(): one pass, no mask; what is not finite stays so in a
-        # sum. Finite rows may overflow it, and are looked at one by one.
-        if rows.sum().isfinite() or (finite := rows.isfinite()).all():
+        # 40 and 20 times as fast as isfinite().all(): one pass, no mask. A sum keeps what is not
+        # finite, and NaN goes through to both ends; finite rows may overflow a sum of float16.
+        if rows.sum().isfinite() or all(end.isfinite() for end in rows.aminmax()):
             return
-        row, channel = (~finite).nonzero()[0].tolist()
+        row, channel = (~rows.isfinite()).nonzero()[0].tolist()
         token = self.layout.shard_range(split, k)[0] + row
         remedy = "remove the text that causes it, or load the dense model with model.dtype=float32"
         if self.layout.dtype is torch.float16:

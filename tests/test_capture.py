@@ -1,7 +1,8 @@
 """What the stores hold is what every FFN was given and gave, in the order of the tokens."""
 
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.progress import Progress, silent
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 from pipeline.stages import capture as stage
 from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.transfer import Transfer
 
 LENGTH, VOCABULARY = 8, 64
@@ -555,3 +557,62 @@ def test_the_stage_refuses_a_token_without_an_embedding_row_in_any_text(upstream
             stage.run(upstream)
         save(split, tokens)
     assert not CAPTURE.exists()
+
+
+# Several layers at once
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_layers_written_at_once_give_the_bytes_of_one_after_the_other(
+    tmp_path, monkeypatch, four_threads, apart
+):
+    def run(name: str) -> dict[str, bytes]:
+        folder = tmp_path / name
+        url = f"file://{folder}/objects" if apart else None
+        capture.capture_activations(tiny(), blocks(), folder / "stores", cfg=CONFIG, store_url=url)
+        return files(folder)
+
+    monkeypatch.setattr(capture, "AT_ONCE", 1)
+    apiece = run("apiece")
+    monkeypatch.setattr(capture, "AT_ONCE", 2)
+    meeting, write = threading.Barrier(2), LayerWriter.write_shard
+
+    def meet(self: LayerWriter, split: str, k: int, *more: Any) -> None:
+        if self.path.name in ("layer_0.zarr", "layer_1.zarr"):
+            meeting.wait(timeout=30)
+        write(self, split, k, *more)
+
+    monkeypatch.setattr(LayerWriter, "write_shard", meet)
+    assert run("at_once") == apiece
+
+
+def test_a_layer_that_fails_beside_another_is_named_and_only_it_is_written_again(
+    tmp_path, monkeypatch, four_threads
+):
+    write, written = LayerWriter.write_shard, []
+
+    def fail(self: LayerWriter, split: str, k: int, *more: Any) -> None:
+        if self.path.name == "layer_2.zarr":
+            raise InputError("It fails.", value=self.path.name, rule="", remedy="")
+        write(self, split, k, *more)
+
+    def note(self: LayerWriter, split: str, k: int, *more: Any) -> None:
+        written.append((self.path.name, split, k))
+        write(self, split, k, *more)
+
+    whole = files(captured(tmp_path / "whole"))
+    monkeypatch.setattr(LayerWriter, "write_shard", fail)
+    with pytest.raises(InputError, match="layer_2"):
+        captured(tmp_path / "failed")
+    monkeypatch.setattr(LayerWriter, "write_shard", note)
+    assert files(captured(tmp_path / "failed")) == whole
+    assert ("layer_0.zarr", "train", 0) not in written
+    assert ("layer_2.zarr", "train", 0) in written
