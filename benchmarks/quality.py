@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all configurations")
     args = parser.parse_args()
     runtime.configure(RuntimeConfig(threads=args.threads))
+    runtime.settle_kernels()
     chosen = [r for r in RECIPES if not args.recipes or r.name in args.recipes.split(";")]
     kept = args.output.is_file() and not args.fresh
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}

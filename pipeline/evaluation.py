@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import artifacts, corpus, finite
+from pipeline import artifacts, corpus, finite, runtime
 from pipeline.comparison import Texts, compare_on_text, continuation, replaced
 from pipeline.config import EvaluateConfig
 from pipeline.controls import OracleMoE
@@ -68,6 +68,7 @@ def evaluate(
                 remedy=f"give a larger {name}"
                 + (", or null for all rows" if name == "max_batches" else ""),
             )
+    runtime.settle_kernels()
     folder, captured = Path(layers_folder), Path(capture_folder)
     if layers is None:
         layers = list(layer_folders(folder))

@@ -58,6 +58,7 @@ def train_layer(
     captured, layer = Path(capture_folder), plan["layer"]
     folder = Path(layers_folder) / f"layer_{layer}"
     folder.mkdir(parents=True, exist_ok=True)
+    runtime.settle_kernels()
     device = torch.device(device)
     reader = LayerReader(captured / f"layer_{layer}.zarr", device, store_url)
     moe = training.fit_layer(

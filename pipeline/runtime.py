@@ -4,6 +4,7 @@ Nothing here decides what is computed beyond rounding, and no choice rests on a 
 """
 
 import ctypes
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ OWN_CALLS["RAY_USAGE_STATS_ENABLED"] = "0"
 SPINS = "10000"
 KEPT_BYTES = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+MKL_FUNCTIONS = ("acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "log", "log10")
+MKL_FUNCTIONS += ("log2", "sin", "sqrt", "tan", "tanh", "trunc")  # torch's ATen/cpu/vml.h
 
 
 def warn(text: str) -> None:
@@ -104,6 +107,7 @@ def pick_device(cfg: RuntimeConfig) -> "torch.device":
     """The device of this run; raises `ResourceError` when the configured one is missing."""
     import torch
 
+    settle_kernels()
     available = torch.cuda.is_available()
     if cfg.device is Device.cuda and not available:
         raise ResourceError(
@@ -118,6 +122,24 @@ def pick_device(cfg: RuntimeConfig) -> "torch.device":
     device = torch.device("cuda" if use_cuda else "cpu")
     tell("device", f"{device.type}, {name}", reason or "no CUDA device")
     return device
+
+
+@functools.cache
+def settle_kernels() -> None:
+    """Let MKL choose the kernels of its functions, once, before two threads share a tensor.
+
+    It chooses a function's kernel when that is first called. Where two threads are the first,
+    MKL before 2025.0 now and then gives one of them, for its share of that one tensor, a kernel of
+    low accuracy: cosines of rotary positions were wrong by 1.5e-4, and one capture in ten or twenty
+    was not what the others were (https://github.com/pytorch/pytorch/issues/188792).
+    """
+    import torch
+
+    if torch.backends.mkl.is_available():
+        for dtype in (torch.float32, torch.float64):
+            one = torch.full((1,), 0.5, dtype=dtype)
+            for name in MKL_FUNCTIONS:
+                getattr(torch, name)(one)
 
 
 def pick_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":

@@ -1,16 +1,21 @@
 """What a run takes of its machine, and what it says while it works."""
 
+import contextlib
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pipeline
 from pipeline import preflight, runtime
-from pipeline.config import Device, Dtype, RuntimeConfig
-from pipeline.errors import ConfigError, ResourceError
+from pipeline.config import Device, Dtype, MoEConfig, RuntimeConfig, TrainConfig
+from pipeline.errors import ArtifactError, ConfigError, ResourceError
+from pipeline.passes import Passes
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -117,6 +122,50 @@ def test_a_missing_gpu_is_refused_when_it_was_asked_for():
 def test_the_device_is_told_with_its_reason(capsys: pytest.CaptureFixture[str]):
     assert runtime.pick_device(RuntimeConfig(device=Device.cpu)).type == "cpu"
     assert "device: cpu" in (said := capsys.readouterr().out) and "(configured)" in said
+
+
+def test_every_function_that_torch_takes_from_mkl_is_settled(monkeypatch: pytest.MonkeyPatch):
+    """By what its library exports: `vmsCos` is MKL's cosine of float32, `vmdLn` its logarithm."""
+    if not torch.backends.mkl.is_available() or sys.platform != "linux":
+        pytest.skip("torch without MKL")
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
+    spelt = {"log": "Ln", "erfinv": "ErfInv", "lgamma": "LGamma"}
+    names = [n for n in torch.__all__ + dir(torch) if n.islower() and not n.startswith("_")]
+    linked = {n for n in names if hasattr(library, f"vms{spelt.get(n, n.capitalize())}")}
+    assert linked == set(runtime.MKL_FUNCTIONS)
+
+    called: list[tuple[str, torch.dtype, int]] = []
+    for name in linked:
+        function = getattr(torch, name)
+
+        def call(x: torch.Tensor, name: str = name, function: Any = function) -> torch.Tensor:
+            called.append((name, x.dtype, x.numel()))
+            return function(x)
+
+        monkeypatch.setattr(torch, name, call)
+    runtime.settle_kernels.cache_clear()
+    runtime.pick_device(RuntimeConfig(device=Device.cpu))
+    kinds = (torch.float32, torch.float64)
+    assert sorted(called, key=str) == sorted(((n, k, 1) for n in linked for k in kinds), key=str)
+    runtime.settle_kernels()
+    assert len(called) == 2 * len(linked), "once in a process"
+
+
+def test_functions_for_notebooks_settle_kernels_too(tmp_path: Path):
+    """They are called without a stage, and may be the first to compute."""
+    cpu = torch.device("cpu")
+    calls = {
+        "capture_activations": lambda: Passes(cpu, lambda *_: None, 1, {}, 0, torch.float32),
+        "train_layer": lambda: pipeline.train_layer(
+            tmp_path, {"layer": 0}, tmp_path, moe_cfg=MoEConfig(), cfg=TrainConfig()
+        ),
+        "evaluate": lambda: pipeline.evaluate(tmp_path, tmp_path, [0]),
+    }
+    for name, call in calls.items():
+        runtime.settle_kernels.cache_clear()
+        with contextlib.suppress(ArtifactError):  # nothing lies there
+            call()
+        assert runtime.settle_kernels.cache_info().misses == 1, name
 
 
 def test_auto_takes_bfloat16_only_where_the_cpu_has_units_for_it(
