@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 """Largest error of a formula in float32, relative to the largest output."""
 
 PERIOD, OFFSET = 131_071, 7919
-"""Of the noise in trial weights, and from one weight's to the next's. Prime: none of fewer rows repeats.
+"""Of the noise in trial weights, and from one weight's to the next's. Prime: no row repeats.
 
 To draw every number took twice the time of all the rest (d_model 2048, d_ff 8192); so many stay in
 a core's cache, which halves the search against a million."""
