@@ -38,7 +38,8 @@ def rows(quick: bool) -> Iterator[Row]:
 
 def _rows(folder: Path, d_model: int, n_layers: int) -> Iterator[Row]:
     make(folder, d_model, n_layers)
-    assemble(folder)
+    line = [sys.executable, "-m", "benchmarks.conversion", str(folder)]  # assembles once
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
     made = sum(p.stat().st_size for p in (folder / "sparse").glob("*.safetensors")) / 1e9
     size = f"{n_layers} layers, d {d_model}, {made:.2g} GB"
     seconds = measure.turns(
@@ -55,8 +56,6 @@ def _rows(folder: Path, d_model: int, n_layers: int) -> Iterator[Row]:
         size=size,
         reach="<= 3",
     )
-    line = [sys.executable, "-m", "benchmarks.conversion", str(folder)]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
     peak = json.loads(done.stdout.splitlines()[-1])
     layer = peak["layer"] / 2**30
     yield Row(

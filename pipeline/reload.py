@@ -24,6 +24,7 @@ def compute(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[
     """
     ids = ids.to(model.device)
     mask = torch.ones_like(ids)
+    model(input_ids=ids[:1, :1])  # first calls of MKL, too small for two threads (`settle_kernels`)
     if not model.can_generate():
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return {"logits": hidden.float().cpu(), "generated": ids[:, :0].cpu().contiguous()}

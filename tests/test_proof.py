@@ -51,6 +51,18 @@ def test_compute_continues_greedily_to_its_full_length():
     assert torch.equal(whole[:, ids.shape[1] - 1 : -1].argmax(dim=-1), continued)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_the_first_pass_of_a_process_is_of_one_token(family: str):
+    """MKL's functions are first called by one thread then (`runtime.settle_kernels`)."""
+    model = tiny(family)
+    shapes: list[tuple[int, ...]] = []
+    embed = model.get_input_embeddings()
+    embed.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    reload.compute(model, proof.probe(64), 2)
+    assert shapes[0] == (1, 1)
+    assert proof.probe(64).shape in shapes[1:]
+
+
 def test_probe_is_always_the_same_and_within_the_vocabulary():
     assert torch.equal(proof.probe(64), proof.probe(64))
     assert proof.probe(7).unique().tolist() == list(range(7))
