@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import obstore
-import torch
 from obstore.store import from_url
 from torch import Tensor
 
 from benchmarks import measure, s3
 from benchmarks.measure import Row
 from benchmarks.reading import read_ours
-from benchmarks.store import CHUNK_MB, SEQUENCE, activations
+from benchmarks.store import activations, write
 from pipeline.config import Codec
 from pipeline.store import LayerReader
-from pipeline.store_writer import LayerWriter
 
 SIZES = ((3072, 8192),)  # d_model, tokens
 TINY = ((64, 2048),)
@@ -95,21 +93,7 @@ def _rows(folder: Path, d_model: int, tokens: int) -> Iterator[Row]:
 def _write(folder: Path, name: str, url: str | None, x: Tensor, y: Tensor) -> Path:
     """A store in a place of its own, where nothing lies yet."""
     path = Path(tempfile.mkdtemp(prefix=name, dir=folder)) / "layer_0.zarr"
-    writer = LayerWriter.open(
-        path,
-        rows={"train": len(x)},
-        d_model=x.shape[1],
-        dtype=torch.bfloat16,
-        sequence_length=SEQUENCE,
-        codec=Codec.compact,
-        shard_mb=SHARD_MB,
-        chunk_mb=CHUNK_MB,
-        attributes={},
-        store_url=url,
-    )
-    for k in range(writer.n_shards["train"]):
-        part = slice(*writer.layout.shard_range("train", k))
-        writer.write_shard("train", k, x[part], y[part])
+    write(path, Codec.compact, x, y, SHARD_MB, url)
     return path
 
 

@@ -82,7 +82,14 @@ def activations(tokens: int, d_model: int, seed: int) -> Tensor:
     return (torch.randn(tokens, d_model, generator=generator) * scale_D).bfloat16()
 
 
-def write(path: Path, codec: Codec, x: Tensor, y: Tensor) -> None:
+def write(
+    path: Path,
+    codec: Codec,
+    x: Tensor,
+    y: Tensor,
+    shard_mb: float = SHARD_MB,
+    store_url: str | None = None,
+) -> None:
     writer = LayerWriter.open(
         path,
         rows={"train": len(x)},
@@ -90,9 +97,10 @@ def write(path: Path, codec: Codec, x: Tensor, y: Tensor) -> None:
         dtype=x.dtype,
         sequence_length=SEQUENCE,
         codec=codec,
-        shard_mb=SHARD_MB,
+        shard_mb=shard_mb,
         chunk_mb=CHUNK_MB,
         attributes={},
+        store_url=store_url,
     )
     for k in range(writer.n_shards["train"]):
         part = slice(*writer.layout.shard_range("train", k))
