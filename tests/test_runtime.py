@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_capture
 import torch
 
 import pipeline
 from pipeline import preflight, runtime
 from pipeline.config import Device, Dtype, MoEConfig, RuntimeConfig, TrainConfig
 from pipeline.errors import ArtifactError, ConfigError, ResourceError
-from pipeline.passes import Passes
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -127,7 +127,7 @@ def test_the_device_is_told_with_its_reason(capsys: pytest.CaptureFixture[str]):
 def test_every_function_that_torch_takes_from_mkl_is_settled(monkeypatch: pytest.MonkeyPatch):
     """By what its library exports: `vmsCos` is MKL's cosine of float32, `vmdLn` its logarithm."""
     if not torch.backends.mkl.is_available() or sys.platform != "linux":
-        pytest.skip("torch without MKL")
+        pytest.skip("asks the MKL in torch's build for Linux")
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
     spelt = {"log": "Ln", "erfinv": "ErfInv", "lgamma": "LGamma"}
     names = [n for n in torch.__all__ + dir(torch) if n.islower() and not n.startswith("_")]
@@ -153,9 +153,11 @@ def test_every_function_that_torch_takes_from_mkl_is_settled(monkeypatch: pytest
 
 def test_functions_for_notebooks_settle_kernels_too(tmp_path: Path):
     """They are called without a stage, and may be the first to compute."""
-    cpu = torch.device("cpu")
+    model, blocks = test_capture.tiny(), test_capture.blocks()
     calls = {
-        "capture_activations": lambda: Passes(cpu, lambda *_: None, 1, {}, 0, torch.float32),
+        "capture_activations": lambda: pipeline.capture_activations(
+            model, blocks, tmp_path / "capture", cfg=test_capture.CONFIG
+        ),
         "train_layer": lambda: pipeline.train_layer(
             tmp_path, {"layer": 0}, tmp_path, moe_cfg=MoEConfig(), cfg=TrainConfig()
         ),
