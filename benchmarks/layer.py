@@ -1,7 +1,7 @@
 """The sparse layer, forward and backward, beside a dense FFN of equal active FLOPs, and beside
 transformers' own Mixtral and Qwen3Moe blocks in each of their implementations.
 
-Every step has fresh tokens, so that loads change as they do in training, and three come before
+Every step has fresh tokens, so that loads change as they do in training, and eight come before
 those that are timed: libraries compile a kernel for each shape that they meet first, which a
 training is past after a few steps. Rates are steps a second: a ratio of 1 is the other's speed.
 """
@@ -41,7 +41,7 @@ class Size:
 ASKED = Size(512, 1024, 16, 2, 4096)
 SIZES = (ASKED, Size(512, 512, 32, 4, 4096))
 TINY = (Size(32, 16, 4, 2, 64),)
-WARM_UPS = 3  # steps
+WARM_UPS = 8  # steps
 GOALS = {"float32": ">= 0.65", "bfloat16": ">= 0.55"}
 
 

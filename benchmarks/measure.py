@@ -65,12 +65,16 @@ def turns(
     """Seconds of each way in each of `times` turns; in every turn another one begins.
 
     `before` is called with a way's name each time before it runs, and takes none of its time.
+    Garbage is collected before it too: what the libraries left is set aside for that, or each
+    collection takes longer than many a way.
     """
     names = list(ways)
     for name in names * (warm_ups if repeats > 1 else 0):
         before(name)
         ways[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()
     for turn in range(times or repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -79,6 +83,7 @@ def turns(
             began = time.perf_counter()
             ways[name]()
             seconds[name].append(time.perf_counter() - began)
+    gc.unfreeze()
     return seconds
 
 

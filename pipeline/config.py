@@ -103,8 +103,8 @@ class BudgetVary(Enum):
 
 
 class Kernel(Enum):
-    auto = "auto"  # grouped where it is there, else padded
-    padded = "padded"  # one batched product, every expert padded to the largest load
+    auto = "auto"  # padded in bf16 on a CPU with AMX, else grouped where it is there, else padded
+    padded = "padded"  # four experts in one product, each padded to the largest load of them
     grouped = "grouped"  # torch's grouped_mm, no padding
     loop = "loop"  # one expert after the other: the reference
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline import runtime
 from pipeline.activations import OUTPUT, Keep, hook_ffn
 from pipeline.discovery import FFNSlot
 from pipeline.transfer import Transfer
@@ -46,7 +45,6 @@ class Passes:
         tokens: int,
         dtype: torch.dtype,
     ) -> None:
-        runtime.settle_kernels()
         self._device, self._record, self._batch_size = device, record, batch_size
         self._transfer = Transfer()
         pinned = device.type == "cuda"  # or a GPU's copies wait for each other

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.ffn import ACTIVATIONS, DenseFFN
+from pipeline.runtime import settle_kernels
 
 TOLERANCE = 1e-4
 """Largest error of a formula in float32, relative to the largest output."""
@@ -60,6 +61,7 @@ class Place:
 
 def prove(module: nn.Module) -> Place | None:
     """The place in `module`, all of which is the FFN, or a chain in it; None where neither is."""
+    settle_kernels()
     trial = _trial(module)
     formula = _formula_of_all(trial)
     return _chain(trial) if formula is None else Place(formula, "")

@@ -130,8 +130,8 @@ def settle_kernels() -> None:
 
     It chooses a function's kernel when that is first called. Where two threads are the first,
     MKL before 2025.0 now and then gives one of them, for its share of that one tensor, a kernel of
-    low accuracy: cosines of rotary positions were wrong by 1.5e-4, and one capture in ten or twenty
-    was not what the others were (https://github.com/pytorch/pytorch/issues/188792).
+    low accuracy: cosines of rotary positions were wrong by 1.5e-4, and a capture now and then was
+    not what the others were (https://github.com/pytorch/pytorch/issues/188792).
     """
     import torch
 

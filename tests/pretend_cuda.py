@@ -12,6 +12,8 @@ plainer, but autograd asks such a device for its streams, and a torch without CU
 """
 
 import contextlib
+import functools
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers as tf
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -244,6 +247,19 @@ class Event:
         return True
 
 
+@functools.cache
+def load_before() -> None:
+    """transformers' first load of a model in this process, not on the pretended device.
+
+    It would keep what it found there: in every later load, buffers that are not stored stay unset.
+    """
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    with tempfile.TemporaryDirectory() as folder:
+        config = tf.LlamaConfig(**sizes, num_attention_heads=1)
+        tf.LlamaForCausalLM(config).save_pretrained(folder)
+        tf.LlamaForCausalLM.from_pretrained(folder)
+
+
 @contextlib.contextmanager
 def pretend_cuda(memory: int = 10**11) -> Iterator[Device]:
     """A CUDA device of `memory` bytes, within the context and on its thread.
@@ -251,6 +267,7 @@ def pretend_cuda(memory: int = 10**11) -> Iterator[Device]:
     Other threads may write to tensors that lie there; they can make none. Models are loaded before
     it: within it, transformers' `from_pretrained` leaves buffers that are not stored unset.
     """
+    load_before()
     properties = SimpleNamespace(name="pretended", total_memory=memory, major=9, minor=0)
     said: dict[str, Any] = {
         "is_available": lambda: True,

@@ -47,19 +47,6 @@ def device() -> Iterator[Device]:
         yield device
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded_before(tmp_path_factory) -> None:
-    """transformers' first load of a model is not on the pretended device.
-
-    It would keep what it found there: in every later load of the process, buffers stay unset.
-    """
-    folder = tmp_path_factory.mktemp("first")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
-    config = tf.LlamaConfig(**sizes, num_attention_heads=1)
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
-    tf.LlamaForCausalLM.from_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Stored:
     ffn = dense_ffn(bias=True)

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline import kernels
 from pipeline.errors import ConfigError
-from pipeline.kernels import KERNELS, lay_out, pick_kernel
+from pipeline.kernels import KERNELS, RUN, lay_out, pick_kernel
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 
@@ -192,26 +194,62 @@ def test_kernels_take_the_expanded_gradient_of_a_plain_sum(kernel):
     torch.testing.assert_close(moe.down_proj.grad, reference.down_proj.grad)
 
 
-@pytest.mark.parametrize(("align", "equal"), list(itertools.product([1, 4, 32], [False, True])))
-def test_layout_gives_each_choice_one_row_among_its_experts(align, equal):
+@pytest.mark.parametrize(("align", "run"), list(itertools.product([1, 4, 32], [1, 3, 7])))
+def test_layout_gives_each_choice_one_row_among_its_experts(align, run):
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(50, 7, generator=generator).topk(3).indices
     ids[ids == 5] = 2  # an expert without a token
-    rows = lay_out(ids, 7, align=align, equal=equal)
+    rows = lay_out(ids, 7, align=align, run=run)
     assert len(rows.row_TK.unique()) == 150
     assert torch.equal(rows.token_N[rows.row_TK], torch.arange(50)[:, None].expand(50, 3))
     expert_N = torch.searchsorted(rows.end_E, torch.arange(len(rows.token_N)), right=True)
     assert torch.equal(expert_N[rows.row_TK], ids)
-    room = rows.end_E.diff(prepend=rows.end_E.new_zeros(1))
-    assert all(room % align == 0)
-    assert len(room.unique()) == 1 or not equal
+    room = rows.end_E.diff(prepend=rows.end_E.new_zeros(1)).tolist()
+    loads = ids.flatten().bincount(minlength=7).tolist()
+    for first in range(0, 7, run):
+        fullest = max(loads[first : first + run])
+        together = room[first : first + run]
+        assert together == [-(-fullest // align) * align] * len(together)
 
 
-def test_kernel_is_picked_by_hardware_dtype_and_widths():
+def test_experts_that_none_of_a_run_serves_take_no_rows_and_a_zero_gradient():
+    shape = shape_of(2 * RUN + 1, 1)
+    moe, x = layer(shape, "padded"), inputs(400, 16)
+    ids = moe.route(x).expert_ids[:, 0]
+    moe(x[(ids < RUN) | (ids == 2 * RUN)]).sum().backward()
+    gradient = moe.down_proj.grad.flatten(1).norm(dim=1)
+    assert all(gradient[RUN : 2 * RUN] == 0)
+    assert all(gradient[:RUN] > 0)
+    assert gradient[2 * RUN] > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_padded_gives_gradients_only_where_they_are_asked_for(frozen):
+    """A layer's own training asks for none of its input: one product of six."""
+    products = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products.append(function.overloadpacket is torch.ops.aten.bmm)
+            return function(*args, **(kwargs or {}))
+
+    moe, x = layer(shape_of(RUN, 2), "padded"), inputs(50, 16).requires_grad_()
+    for name in ("down_proj", f"{moe.inner}_proj"):
+        moe.get_parameter(name).requires_grad_(not frozen)
+    with Count():
+        moe(x if frozen else x.detach()).sum().backward()
+    # forward 2; of the two products' inputs and weights 2 or 1, and 0 or 2
+    assert sum(products) == (2 + 2 if frozen else 2 + 1 + 2)
+
+
+def test_kernel_is_picked_by_hardware_dtype_and_widths(monkeypatch):
     fits = shape_of(d_model=256, d_ff_expert=96)
-    assert pick_kernel("cpu", torch.bfloat16, fits)[0] == "grouped"
-    assert pick_kernel("cuda", torch.bfloat16, fits)[0] == "grouped"
-    assert pick_kernel("cpu", torch.float64, fits)[0] == "padded"
+    for units, kernel in ((True, "padded"), (False, "grouped")):
+        monkeypatch.setattr(kernels, "has_bf16_units", lambda units=units: units)
+        assert pick_kernel("cpu", torch.bfloat16, fits)[0] == kernel
+        assert pick_kernel("cpu", torch.float32, fits)[0] == "grouped"
+        assert pick_kernel("cuda", torch.bfloat16, fits)[0] == "grouped"
+        assert pick_kernel("cpu", torch.float64, fits)[0] == "padded"
     odd = shape_of(d_model=256, d_ff_expert=12)
     assert pick_kernel("cpu", torch.float32, odd)[0] == "grouped"
     name, reason = pick_kernel("cpu", torch.bfloat16, odd)

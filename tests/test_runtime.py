@@ -15,6 +15,7 @@ import torch
 import pipeline
 from pipeline import preflight, runtime
 from pipeline.config import Device, Dtype, MoEConfig, RuntimeConfig, TrainConfig
+from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, ConfigError, ResourceError
 
 
@@ -151,10 +152,11 @@ def test_every_function_that_torch_takes_from_mkl_is_settled(monkeypatch: pytest
     assert len(called) == 2 * len(linked), "once in a process"
 
 
-def test_functions_for_notebooks_settle_kernels_too(tmp_path: Path):
+def test_functions_for_notebooks_and_the_search_for_ffns_settle_kernels_too(tmp_path: Path):
     """They are called without a stage, and may be the first to compute."""
     model, blocks = test_capture.tiny(), test_capture.blocks()
     calls = {
+        "find_ffns": lambda: find_ffns(model),
         "capture_activations": lambda: pipeline.capture_activations(
             model, blocks, tmp_path / "capture", cfg=test_capture.CONFIG
         ),
