@@ -20,18 +20,17 @@ specialists solves least squares over the hidden activations: 2 F x F per row an
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pipeline import footprint, volume
 from pipeline.config import BudgetBy, Config
 from pipeline.footprint import KEPT_BYTES, ROUND_ROWS, START_ROWS
 from pipeline.shape import MoEShape
+from pipeline.sizes import BASE, Cost, Sizes
 from pipeline.volume import ITEMSIZE
 
-BASE = 500_000_000  # host memory of Python, torch and transformers
 TEXT = 250_000_000  # more of them that read text: the standard library's, or a part of a dataset
-SMALL = 60_000_000  # host memory of a stage without torch
 MANIFEST = 2_000  # bytes of a manifest
 CARD = 5_000  # bytes of a model card
 TOKENIZER = 48  # bytes per entry of a vocabulary
@@ -40,66 +39,6 @@ PRUNING_STEPS = 128
 STREAMED_CHUNKS = 64  # of each array, with train.stream
 REPORT = 1_500_000  # bytes of evaluate's output
 EVALUATED = 12  # its files
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one stage, or of `train` for one layer after the other."""
-
-    bytes: int = 0  # on disk when it is done
-    transient: int = 0  # more while it runs
-    files: int = 0
-    host: int = SMALL  # peak memory
-    gpu: int = 0
-    flops: float = 0.0
-
-    @property
-    def work(self) -> float:
-        """What its time grows with: FLOPs, or bytes where there are none to speak of."""
-        return self.flops or self.bytes
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Everything that the formulas take."""
-
-    record: Mapping[str, Any]
-    shapes: Mapping[int, MoEShape]
-    cfg: Config
-    ratios: Mapping[str, float]
-    on_gpu: bool
-    card: int | None = None  # bytes of the GPU's memory; null = enough
-
-    @property
-    def itemsize(self) -> int:
-        """Of the model's weights as they are loaded."""
-        return ITEMSIZE[_dtype(self.record, self.cfg)]
-
-    @property
-    def sparse(self) -> int:
-        """Parameters of the sparse model."""
-        grown = sum(s.total_parameters - s.dense_parameters for s in self.shapes.values())
-        return self.record["parameters"] + grown
-
-    @property
-    def head(self) -> int:
-        """Outputs per token of the head: the vocabulary of a language model."""
-        return self.record["vocab_size"] or 0
-
-    def matrices(self, parameters: int) -> int:
-        """Those of `parameters` that a token is multiplied with: an embedding is looked up."""
-        tied = self.record["config"].get("tie_word_embeddings", False)
-        return parameters - (0 if tied else self.head * self.record["d_model"])
-
-    def tokens(self, split: str) -> int:
-        length = self.cfg.data.sequence_length
-        return max(1, getattr(self.cfg.data.tokens, split) // length) * length
-
-    def split(self, model: int, **more: Any) -> Cost:
-        """A cost whose `model` bytes of memory lie where the model runs."""
-        if self.on_gpu:
-            return Cost(host=BASE + more.pop("kept", 0), gpu=model, **more)
-        return Cost(host=BASE + model + more.pop("kept", 0), **more)
 
 
 def costs(sizes: Sizes) -> dict[str, Cost]:
@@ -406,10 +345,6 @@ def _bytes_of(text: str) -> int:
     if not found:
         return 2 * 10**9
     return int(found[1]) * 1000 ** ("KMGT".index(found[2].upper()) + 1)
-
-
-def _dtype(record: Mapping[str, Any], cfg: Config) -> str:
-    return record["dtype"] if cfg.model.dtype.name == "auto" else cfg.model.dtype.name
 
 
 def cost(

@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline import artifacts, budget, cost, measured, outline, preflight, sources, volume, workdir
 from pipeline.config import Config, Device, select
-from pipeline.cost import Cost, Sizes
 from pipeline.errors import PipelineError
 from pipeline.preflight import size
+from pipeline.sizes import Cost, Sizes
 from pipeline.stages import BUDGET, CAPTURE, CONVERT, DENSE, EVALUATE, HEAL, TOKENS, TRAIN
 
 OUTPUTS = {

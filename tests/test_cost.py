@@ -7,9 +7,10 @@ from test_budget import record_of
 
 from pipeline import budget, compose, footprint
 from pipeline.config import Codec, Config, Dtype
-from pipeline.cost import Cost, Sizes, cost, train_layer
+from pipeline.cost import cost, train_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
+from pipeline.sizes import Cost, Sizes
 
 RECORD = record_of(64, 64, 64) | {"parameters": 100_000, "dtype": "float32"}
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from small import PROJECT
 
-from pipeline import compose, cost, outline, planned
+from pipeline import compose, outline, planned
 from pipeline.config import Config
 from pipeline.preflight import size
+from pipeline.sizes import Cost
 from pipeline.stages import DENSE
 
 DOCUMENT = (PROJECT / "docs" / "scale.md").read_text(encoding="utf-8")
@@ -57,12 +58,12 @@ def configured(folder: Path, *more: str) -> Config:
     return compose.load([*model, *text, *flat(yaml.safe_load(BLOCKS["yaml"])), *more])
 
 
-def costs(folder: Path, *more: str) -> dict[str, cost.Cost]:
+def costs(folder: Path, *more: str) -> dict[str, Cost]:
     cfg = configured(folder, *more)
     return planned.make(cfg, outline.record_of(cfg, DENSE, online=False), NODE).costs
 
 
-def cells(name: str, c: cost.Cost) -> list[str]:
+def cells(name: str, c: Cost) -> list[str]:
     more = size(c.transient) if c.transient else ""
     gpu, flops = (size(c.gpu) if c.gpu else ""), (f"{c.flops:.1e}" if c.flops else "")
     return [f"`{name}`", size(c.bytes), more, f"{c.files:,}", size(c.host), gpu, flops]
