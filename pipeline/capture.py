@@ -1,16 +1,17 @@
 """One dense pass over the tokens: every FFN's input and output into its layer's store.
 
 Shard k of a split is a fixed range of its token stream, so a killed capture is continued shard by
-shard and writing one again changes nothing. A shard is compressed and written while the next one is
-computed, so that two of every layer are held in memory: `4 x layers x shard_mb`.
+shard and writing one again changes nothing. So are the batches, whatever is missing: one that
+reaches into shards that are there is run whole, and the same rows come out. Rows are compressed and
+written while the model goes on, see `behind.py`.
 
 Parts of a capture, each a range of the shards of all splits in a row, may be written into one
 folder at the same time; together they are the bytes that one run writes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import file_digest
+from pipeline.behind import Behind
 from pipeline.commits import commit_path
 from pipeline.config import CaptureConfig, Dtype, Store
 from pipeline.corpus import check_token_ids
@@ -28,15 +30,14 @@ from pipeline.durable import fsync, remove_partials, unique_partial
 from pipeline.errors import ArtifactError
 from pipeline.ffn import DenseFFN
 from pipeline.locks import Part
-from pipeline.passes import Forward, Passes, Rows, of_forward, of_model
+from pipeline.passes import Forward, Record, of_forward, of_model
 from pipeline.progress import Progress, silent
 from pipeline.room import check_room
+from pipeline.shard_writer import ShardWriter
 from pipeline.store import LayerReader
 from pipeline.store_writer import LayerWriter
 
 T = TypeVar("T")
-AT_ONCE = 2
-"""Layers whose shards are written at the same time; each holds a compressed array meanwhile."""
 
 
 def capture_activations(
@@ -87,51 +88,41 @@ def capture_activations(
     check_disk()
     if store is Store.input:  # the stores name their digests
         _save(ffns, folder, part is None)
-    with ThreadPoolExecutor(1) as thread:  # saves weights, and a shard while the next is computed
-        writers = {
-            layer: LayerWriter.open(
-                folder / f"layer_{layer}.zarr",
-                rows=rows,
-                d_model=weights.d_model,
-                dtype=dtype,
-                sequence_length=sequence_length,
-                codec=cfg.codec,
-                shard_mb=cfg.shard_mb,
-                chunk_mb=cfg.chunk_mb,
-                attributes=dict(attributes or {}),
-                outputs_from=_ffn(folder, layer) if store is Store.input else None,
-                alone=part is None,
-                store_url=store_url,
-            )
-            for layer, weights in ffns.items()
-        }
-        missing, total = _missing(writers, blocks, part)
-        passes = Passes(
-            next(model.parameters()).device,
-            of_forward(forward) if forward else of_model(model, slots),
-            cfg.batch_size,
-            {layer: ffn.d_model for layer, ffn in ffns.items()},
-            max((shard.sequences.numel() for shard in missing), default=0),
-            dtype,
+    writers = {
+        layer: LayerWriter.open(
+            folder / f"layer_{layer}.zarr",
+            rows=rows,
+            d_model=weights.d_model,
+            dtype=dtype,
+            sequence_length=sequence_length,
+            codec=cfg.codec,
+            shard_mb=cfg.shard_mb,
+            chunk_mb=cfg.chunk_mb,
+            attributes=dict(attributes or {}),
+            outputs_from=_ffn(folder, layer) if store is Store.input else None,
+            alone=part is None,
+            store_url=store_url,
         )
-        done = total - sum(shard.sequences.numel() for shard in missing)
-        progress(done, total, "")
-        behind: Future[None] | None = None
+        for layer, weights in ffns.items()
+    }
+    missing, total = _missing(writers, blocks, part)
+    done = total - sum(shard.stop - shard.start for shard in missing)
+    progress(done, total, "")
+    record = of_forward(forward) if forward else of_model(model, slots)
+    device, d_model = next(model.parameters()).device, next(iter(ffns.values())).d_model
+    tokens = min(cfg.batch_size * sequence_length, max(rows.values()))
+    with Behind(device, d_model, dtype, tokens) as behind:
         if store is not Store.input:
-            behind = thread.submit(_save, ffns, folder, part is None)
-        for i, shard in enumerate(missing):
-            rows_of = passes.rows(shard.sequences, shard.writers)
-            if behind:
-                behind.result()
-            if i:
-                done += missing[i - 1].sequences.numel()
-                progress(done, total, missing[i - 1].split)
-            if i == 1:  # now the ratio of these very activations is known
+            behind.submit(partial(_save, ffns, folder, part is None))
+        unsure = True
+        for batch in _batches(missing, blocks, cfg.batch_size):
+            _run(record, batch, device, behind)
+            behind.check()
+            if unsure and behind.committed:  # now the ratio of these very activations is known
                 check_disk()
-            behind = thread.submit(shard.write, rows_of)
-        if behind:
-            behind.result()
-        progress(total, total, "")
+                unsure = False
+            done += sum(len(rows) for _, rows in batch.shards)
+            progress(done, total, batch.split)
     if part is None:
         check_stores(folder, chosen, store_url)
 
@@ -206,44 +197,85 @@ def _shards(writers: Mapping[int, LayerWriter]) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Shard k of a split: its tokens, and the layers that lack it."""
+    """Shard k of a split, and the layers that lack it."""
 
     split: str
     k: int
+    start: int  # its first row
+    stop: int
+    lacking: dict[int, LayerWriter]
+    begun: dict[int, ShardWriter] = field(default_factory=dict)
+
+    def writer(self, layer: int) -> ShardWriter:
+        if layer not in self.begun:
+            self.begun[layer] = self.lacking[layer].begin(self.split, self.k)
+        return self.begun[layer]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the model is given at once."""
+
+    split: str
     sequences: Tensor  # (sequences, length)
-    writers: dict[int, LayerWriter]
+    shards: list[tuple[_Shard, range]]  # that lack some of it, and which of its rows
 
-    def write(self, rows: Rows) -> None:
-        """Make them durable; one layer is compressed while another waits for the disk."""
-        n_threads = torch.get_num_threads()
-        at_once = min(AT_ONCE, n_threads)
-
-        def write_layer(layer: int) -> None:
-            threads = -(-n_threads // min(at_once, len(rows)))
-            self.writers[layer].write_shard(self.split, self.k, *rows[layer], threads)
-
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(write_layer, rows))
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for shard, _ in self.shards for layer in shard.lacking})
 
 
 def _missing(
     writers: Mapping[int, LayerWriter], blocks: Mapping[str, Tensor], part: Part | None
 ) -> tuple[list[_Shard], int]:
-    """What a part has to write, and the tokens of all that it has."""
+    """What a part has to write, splits as in `blocks`, and the tokens of all that it has."""
     every = _shards(writers)
     mine = deal(every, part)
     if part and not mine:
         print("part {}/{} holds none".format(*part), f"of the {len(every)} shards", flush=True)
-    shard_rows = next(iter(writers.values())).shard_rows
+    layout = next(iter(writers.values())).layout
     missing, total, order = [], 0, list(blocks)
     for split, k in sorted(mine, key=lambda shard: (order.index(shard[0]), shard[1])):
-        n = shard_rows // blocks[split].shape[1]
-        sequences = blocks[split][k * n : (k + 1) * n]
-        total += sequences.numel()
+        start, stop = layout.shard_range(split, k)
+        total += stop - start
         lacking = {layer: w for layer, w in writers.items() if not w.committed(split, [k])}
         if lacking:
-            missing.append(_Shard(split, k, sequences, lacking))
+            missing.append(_Shard(split, k, start, stop, lacking))
     return missing, total
+
+
+def _batches(
+    missing: Sequence[_Shard], blocks: Mapping[str, Tensor], batch_size: int
+) -> Iterator[_Batch]:
+    """Those that missing shards are in; each split is cut from its beginning, whatever it lacks."""
+    for split, sequences in blocks.items():
+        shards = [shard for shard in missing if shard.split == split]
+        length, at = sequences.shape[1], 0
+        for batch in sequences.split(batch_size):
+            start, stop = at * length, (at + len(batch)) * length
+            at += len(batch)
+            while shards and shards[0].stop <= start:
+                shards.pop(0)
+            touched = itertools.takewhile(lambda shard, end=stop: shard.start < end, shards)
+            parts = [
+                (s, range(max(s.start, start) - start, min(s.stop, stop) - start)) for s in touched
+            ]
+            if parts:
+                yield _Batch(split, batch, parts)
+
+
+@torch.inference_mode()
+def _run(record: Record, batch: _Batch, device: torch.device, behind: Behind) -> None:
+    given: set[tuple[int, int]] = set()
+
+    def keep(layer: int, side: int, rows: Tensor) -> None:
+        given.add((layer, side))
+        for shard, part in batch.shards:
+            if layer in shard.lacking:
+                behind.write(shard.writer(layer), side, rows[part.start : part.stop])
+
+    record(batch.sequences.to(device), batch.layers, keep)
+    assert len(given) == 2 * len(batch.layers), "an FFN was not run"
 
 
 def stored_dtype(dtype: Dtype, model_dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ them. It finds a damaged shard, but not a sound one in another's place.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,11 @@ def commit_path(root: Path, split: str, k: int) -> Path:
 
 
 def make_commit(
-    root: Path, layout: Layout, split: str, k: int, shards: dict[str, Commit]
+    root: Path, layout: Layout, split: str, k: int, shards: Mapping[str, Commit]
 ) -> Commit:
     """What vouches for shard k; `shards` describes its files, which are durable already."""
     metadata = {key: describe_file(root / key) for key in layout.metadata_files(split)}
-    return {**_identity(layout, split, k), "objects": metadata | shards}
+    return {**_identity(layout, split, k), "objects": {**metadata, **shards}}
 
 
 def encode(commit: Commit) -> bytes:

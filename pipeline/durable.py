@@ -21,13 +21,31 @@ def json_bytes(content: Any) -> bytes:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write durably: a reader sees the whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync(path.parent)
+    file = NewFile(path)
+    file.write(content)
+    file.close()
+
+
+class NewFile:
+    """A file that has its name, whole and durably, once it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(path.name + ".partial")
+        self._file = self._partial.open("wb")
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+
+    def close(self) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._partial.replace(self._path)
+        fsync(self._path.parent)
+
+    def abandon(self) -> None:
+        """Let go of it; where it was closed already, it stays."""
+        self._file.close()
 
 
 def fsync(path: Path) -> None:

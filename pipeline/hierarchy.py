@@ -1,36 +1,29 @@
 """The Zarr side of a store: its groups and arrays, their codecs, and files that survive a crash.
 
-Whole shards only, into arrays of their final size. Each file is flushed before it gets its name,
-and checksummed on the way; zarr's local store does neither. An object store is written through
-zarr's own pipeline, a folder by `encoding.py`: the same bytes.
+Arrays have their final size from the beginning; `shard_writer.py` fills them, whole shards only.
 """
 
-import asyncio
 import errno
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import zarr
-from crc32c import crc32c
-from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore, ObjectStore
+from zarr.storage import MemoryStore
 
 from pipeline.artifacts import read_json
-from pipeline.commits import FOLDER, Commit, Layout
+from pipeline.commits import FOLDER, Layout
 from pipeline.config import Codec
 from pipeline.durable import fsync, unique_partial
-from pipeline.encoding import BLOSC, Encoder
+from pipeline.encoding import BLOSC
 from pipeline.errors import ArtifactError
 from pipeline.objects import Objects
-from pipeline.shards import Bytes, Files, chunk_checksums, damaged, shard_key
+from pipeline.shards import damaged
 
 STORED = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -71,7 +64,8 @@ def create(path: Path, metadata: dict[str, bytes]) -> None:
     (partial / FOLDER).mkdir(parents=True)
     for key, content in metadata.items():
         (partial / key).parent.mkdir(exist_ok=True)
-        _write(partial / key, [content])
+        (partial / key).write_bytes(content)
+        fsync(partial / key)
     for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
         fsync(folder)
     try:
@@ -123,80 +117,3 @@ def _differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
             yield from _differences(found.get(key), expected.get(key), f"{name}.{key}")
     elif found != expected:
         yield f"{name.removeprefix('.attributes.')} is {found} there and {expected} here"
-
-
-def write_rows(
-    place: Files | Objects,
-    layout: Layout,
-    array: str,
-    start: int,
-    rows: Tensor,
-    threads: int | None = None,
-) -> dict[str, Commit]:
-    """Write the whole shard of `array` that begins at row `start`; durable on return.
-
-    Args:
-        threads: that encode for a folder; null = as many as torch's.
-
-    Returns:
-        The shard's key in `place`, with its size, its crc32c and those of its chunks.
-    """
-    if isinstance(place, Objects):
-        with place.told(array):
-            return _put_rows(_Objects(place, layout.chunks_per_shard), array, start, rows)
-    key = f"{array}/{shard_key(start // layout.shard_rows)}"
-    encoder = Encoder(layout.codec, layout.chunk_rows, layout.chunks_per_shard, threads)
-    _write(place.root / key, encoder.pieces(_to_numpy(rows)))
-    fsync(place.root / array)
-    return {key: encoder.described()}
-
-
-def _put_rows(store: "_Objects", array: str, start: int, rows: Tensor) -> dict[str, Commit]:
-    # A chunk of zeros is data: only what is damaged may be absent. (`open_array(config=...)` is
-    # ignored for an array that exists.)
-    opened = zarr.open_array(store, path=array, mode="r+")
-    opened = opened.with_config({"write_empty_chunks": True})
-    opened[start : start + len(rows)] = _to_numpy(rows)
-    assert store.described, "zarr's default pipeline writes through the store"
-    return store.described
-
-
-def _to_numpy(rows: Tensor) -> np.ndarray:
-    """The stored form: bfloat16 as its bits, which numpy and zarr cannot name."""
-    rows = rows.contiguous()
-    return (rows.view(torch.uint16) if rows.dtype is torch.bfloat16 else rows).numpy()
-
-
-class _Objects(ObjectStore):
-    """Describes each file as it passes to an object store, where a PUT is durable and atomic."""
-
-    def __init__(self, place: Objects, chunks_per_shard: int) -> None:
-        super().__init__(place.store)
-        self.place, self.chunks_per_shard = place, chunks_per_shard
-        self.described: dict[str, Commit] = {}
-
-    async def set(self, key: str, value: Buffer) -> None:
-        await asyncio.to_thread(self._put, key, value.as_numpy_array())
-
-    def _put(self, key: str, value: Bytes) -> None:
-        self.place.put(key, value)
-        self.described[key] = _describe(value, self.chunks_per_shard)
-
-
-def _describe(shard: Bytes, chunks_per_shard: int) -> Commit:
-    return {
-        "size": shard.nbytes,
-        "crc32c": crc32c(shard.data),
-        "chunks": chunk_checksums(shard, chunks_per_shard),
-    }
-
-
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Durable under its name; the name itself once the folder is."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

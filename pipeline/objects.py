@@ -198,6 +198,9 @@ class Objects:
         if self._sizes is not None:
             self._sizes[key] = len(content)
 
+    def create(self, key: str) -> "NewObject":
+        return NewObject(self, key)
+
     def delete(self, key: str) -> None:
         import obstore
 
@@ -240,6 +243,24 @@ class Objects:
             return self.damaged(key, "it ends early")
         remedy = "see that the store can be reached from here, then run the same command again"
         return _unusable(f"{self.url}/{key}", "it does not answer", remedy)
+
+
+class NewObject:
+    """An object that is put when it is closed, as `durable.NewFile` gets its name then."""
+
+    def __init__(self, place: Objects, key: str) -> None:
+        self._place, self._key = place, key
+        self._pieces: list[bytes] = []
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._pieces.append(bytes(content))  # a view's memory is used again
+
+    def close(self) -> None:
+        self._place.put(self._key, b"".join(self._pieces))
+        self._pieces.clear()
+
+    def abandon(self) -> None:
+        self._pieces.clear()
 
 
 def _unusable(url: str, cause: str, remedy: str) -> ResourceError:

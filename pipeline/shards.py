@@ -20,6 +20,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.artifacts import expose
+from pipeline.durable import NewFile
 from pipeline.errors import ArtifactError
 
 # Blosc's own threads are global and not safe under ours; zarr switches them off as well.
@@ -116,6 +117,9 @@ class Files:
         empty = not n_chunks or not path.stat().st_size
         content = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
         return file_checksum(path), sound_chunks(content, n_chunks)
+
+    def create(self, key: str) -> NewFile:
+        return NewFile(self.root / key)
 
     def delete(self, key: str) -> None:
         (self.root / key).unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Rows from where the model runs into memory of the host, beside the computation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,16 @@ class Transfer:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def __call__(self, target: Tensor, rows: Tensor) -> None:
-        """Copy `rows` (T, D) to `target` (T, D); good to read after `wait`."""
+    def __call__(self, target: Tensor, rows: Tensor) -> Callable[[], None]:
+        """Copy `rows` (T, D) to `target` (T, D).
+
+        Returns:
+            Waits until they are there; in any thread.
+        """
         assert target.shape == rows.shape, (target.shape, rows.shape)
         if rows.device.type != "cuda":
             target.copy_(rows)
-            return
+            return _there
         aside = rows.to(target.dtype, copy=True)
         stream = self._streams.get(rows.device)
         if stream is None:
@@ -28,9 +34,11 @@ class Transfer:
         stream.wait_stream(torch.cuda.current_stream(rows.device))
         with torch.cuda.stream(stream):
             target.copy_(aside, non_blocking=True)
+            fetched = torch.cuda.Event(blocking=True)  # or the wait would take a core
+            fetched.record(stream)
         aside.record_stream(stream)
+        return fetched.synchronize
 
-    def wait(self) -> None:
-        """Until everything asked for lies in its target."""
-        for stream in self._streams.values():
-            stream.synchronize()
+
+def _there() -> None:
+    pass

@@ -28,6 +28,9 @@ APART = "shards.json"
 
 MARKER = 60  # its bytes
 
+RING, RING_MB = 16, 256.0
+"""Buffers that rows pass through on their way to the stores, and their size in all [MB]."""
+
 READ_COMMITS = 256  # of a store, to learn its ratio from
 
 

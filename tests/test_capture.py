@@ -1,8 +1,10 @@
 """What the stores hold is what every FFN was given and gave, in the order of the tokens."""
 
+import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from pipeline import artifacts, capture, corpus, dense, durable
+from pipeline import artifacts, behind, capture, corpus, dense, durable
 from pipeline.activations import INPUT, OUTPUT, hook_ffn, record_ffn
 from pipeline.config import CaptureConfig, Codec, Config, DataConfig, Dtype, TokensConfig
 from pipeline.documents import Document
@@ -19,10 +21,10 @@ from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.pretrain import train_tokenizer
 from pipeline.progress import Progress, silent
+from pipeline.shard_writer import ShardWriter
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 from pipeline.stages import capture as stage
 from pipeline.store import LayerReader
-from pipeline.store_writer import LayerWriter
 from pipeline.transfer import Transfer
 
 LENGTH, VOCABULARY = 8, 64
@@ -231,10 +233,10 @@ def test_hook_ffn_gives_rows_of_the_models_own(tmp_path: Path):
 def test_transfer_copies_into_the_dtype_of_its_target(dtype: torch.dtype):
     rows, target = torch.randn(6, 4), torch.empty(6, 4, dtype=dtype)
     transfer = Transfer()
-    transfer(target, rows)
+    wait = transfer(target, rows)
     kept = rows.clone()
     rows.zero_()
-    transfer.wait()
+    wait()
     assert torch.equal(target, kept.to(dtype))
     with pytest.raises(AssertionError):
         transfer(target, rows[:1])  # it would be repeated
@@ -323,7 +325,7 @@ def test_batch_size_does_not_change_what_is_stored(
     model = tiny()
     seen = watched(model)
     folder = captured(tmp_path / "a", model, layers=[2], batch_size=batch_size)
-    assert max(map(len, seen)) == min(batch_size, 2)  # a shard holds two sequences
+    assert max(map(len, seen)) == min(batch_size, 5), "a shard, of two sequences, is no limit"
     for split in SEQUENCES:
         expected, found = (
             LayerReader(f / "layer_2.zarr").read(split) for f in (undisturbed, folder)
@@ -367,15 +369,15 @@ def test_ffn_weights_are_stored_in_the_models_dtype(tmp_path: Path):
 # Resuming
 
 
-@pytest.mark.parametrize("calls", [1, 3, 6])
+@pytest.mark.parametrize(("calls", "shards"), [(1, 0), (2, 1), (3, 3), (5, 5)])
 def test_a_killed_capture_run_again_gives_the_bytes_of_an_undisturbed_one(
-    undisturbed: Path, tmp_path: Path, calls: int
+    undisturbed: Path, tmp_path: Path, calls: int, shards: int
 ):
+    """One call before the first batch, one after each: the first ends within the second shard."""
     with pytest.raises(StopError):
         captured(tmp_path / "a", progress=StopAfter(calls))
-    written = {p: p.stat() for p in (tmp_path / "a").rglob("c.*")}
-    # One call before the first shard, one after each; a shard is two files of each layer.
-    assert len(written) == 2 * 2 * (calls - 1)
+    written = {p: p.stat() for p in (tmp_path / "a").rglob("c.*.0")}
+    assert len(written) == 2 * 2 * shards, "two files of each layer"
     model = tiny()
     assert files(captured(tmp_path / "a", model)) == layer_files(undisturbed, 0, 2)
     for path, was in written.items():
@@ -384,13 +386,17 @@ def test_a_killed_capture_run_again_gives_the_bytes_of_an_undisturbed_one(
     assert hooks(model) == 0
 
 
-def test_a_resumed_capture_runs_the_model_only_for_what_is_missing(tmp_path: Path):
+@pytest.mark.parametrize(("batch_size", "first"), [(2, 2), (3, 0)])
+def test_a_resumed_capture_runs_the_batches_that_something_is_missing_of(
+    tmp_path: Path, batch_size: int, first: int
+):
+    """Whole, so that the same rows come out; the second batch begins where a shard does or not."""
     with pytest.raises(StopError):
-        captured(tmp_path / "a", progress=StopAfter(3))
+        captured(tmp_path / "a", batch_size=batch_size, progress=StopAfter(2))
     model = tiny()
     seen = watched(model)
-    captured(tmp_path / "a", model)
-    left = [blocks()["train"][4:], blocks()["validation"], blocks()["heldout"]]
+    captured(tmp_path / "a", model, batch_size=batch_size)
+    left = [blocks()["train"][first:], blocks()["validation"], blocks()["heldout"]]
     assert torch.equal(torch.cat(seen), torch.cat(left))
 
 
@@ -411,9 +417,9 @@ def test_progress_ends_at_its_total_and_counts_what_was_there(tmp_path: Path):
     total = sum(SEQUENCES.values()) * LENGTH
     first, second = StopAfter(3), StopAfter(0)
     with pytest.raises(StopError):
-        captured(tmp_path / "a", layers=[1], progress=first)
+        captured(tmp_path / "a", layers=[1], batch_size=2, progress=first)
     assert first.seen == [(2 * LENGTH * i, total) for i in range(3)]
-    captured(tmp_path / "a", layers=[1], progress=second)
+    captured(tmp_path / "a", layers=[1], batch_size=2, progress=second)
     assert second.seen[0] == first.seen[-1]
     assert second.seen[-1] == (total, total)
     assert len(second.seen) == 1 + sum(SHARDS.values()) - 2
@@ -559,60 +565,108 @@ def test_the_stage_refuses_a_token_without_an_embedding_row_in_any_text(upstream
     assert not CAPTURE.exists()
 
 
-# Several layers at once
-
-
-@pytest.fixture
-def four_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+# Beside the model
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_two_layers_written_at_once_give_the_bytes_of_one_after_the_other(
-    tmp_path, monkeypatch, four_threads, apart
-):
+def test_arrays_written_at_once_give_the_bytes_of_one_after_the_other(tmp_path, monkeypatch, apart):
     def run(name: str) -> dict[str, bytes]:
         folder = tmp_path / name
         url = f"file://{folder}/objects" if apart else None
         capture.capture_activations(tiny(), blocks(), folder / "stores", cfg=CONFIG, store_url=url)
         return files(folder)
 
-    monkeypatch.setattr(capture, "AT_ONCE", 1)
+    monkeypatch.setattr(behind, "AT_ONCE", 1)
     apiece = run("apiece")
-    monkeypatch.setattr(capture, "AT_ONCE", 2)
-    meeting, write = threading.Barrier(2), LayerWriter.write_shard
+    monkeypatch.setattr(behind, "AT_ONCE", 4)
+    meeting, add = threading.Barrier(2), ShardWriter.add
 
-    def meet(self: LayerWriter, split: str, k: int, *more: Any) -> None:
-        if self.path.name in ("layer_0.zarr", "layer_1.zarr"):
+    def meet(self: ShardWriter, side: int, *more: Any) -> None:
+        if (self._path.name, side) in (("layer_0.zarr", INPUT), ("layer_1.zarr", OUTPUT)):
             meeting.wait(timeout=30)
-        write(self, split, k, *more)
+        add(self, side, *more)
 
-    monkeypatch.setattr(LayerWriter, "write_shard", meet)
+    monkeypatch.setattr(ShardWriter, "add", meet)
     assert run("at_once") == apiece
 
 
-def test_a_layer_that_fails_beside_another_is_named_and_only_it_is_written_again(
-    tmp_path, monkeypatch, four_threads
+@pytest.mark.parametrize(("buffers", "megabytes"), [(1, 256.0), (3, 1e-4), (16, 1e-9)])
+def test_the_ring_does_not_change_what_is_stored(
+    undisturbed: Path, tmp_path: Path, monkeypatch, buffers: int, megabytes: float
 ):
-    write, written = LayerWriter.write_shard, []
+    """One buffer, that every hook waits for; buffers of a few rows, and of one."""
+    monkeypatch.setattr(behind, "RING", buffers)
+    monkeypatch.setattr(behind, "RING_MB", megabytes)
+    assert files(captured(tmp_path / "a")) == layer_files(undisturbed, 0, 2)
 
-    def fail(self: LayerWriter, split: str, k: int, *more: Any) -> None:
-        if self.path.name == "layer_2.zarr":
-            raise InputError("It fails.", value=self.path.name, rule="", remedy="")
-        write(self, split, k, *more)
 
-    def note(self: LayerWriter, split: str, k: int, *more: Any) -> None:
-        written.append((self.path.name, split, k))
-        write(self, split, k, *more)
+def test_no_more_rows_wait_than_the_ring_holds(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(behind, "RING", 2)
+    waiting, most, lock = 0, 0, threading.Lock()
+    transfer, add = Transfer.__call__, ShardWriter.add
+
+    def count(change: int) -> None:
+        nonlocal waiting, most
+        with lock:
+            waiting += change
+            most = max(most, waiting)
+
+    def taken(self: Transfer, *given: Any) -> Any:
+        count(1)
+        return transfer(self, *given)
+
+    def slow(self: ShardWriter, *given: Any) -> None:
+        time.sleep(0.02)
+        add(self, *given)
+        count(-1)
+
+    monkeypatch.setattr(Transfer, "__call__", taken)
+    monkeypatch.setattr(ShardWriter, "add", slow)
+    captured(tmp_path / "a")
+    assert (waiting, most) == (0, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux alone schedules threads apart")
+@pytest.mark.parametrize("patience", [1e-3, 60.0])
+def test_writers_give_way_to_the_model_until_it_has_waited_too_long(
+    tmp_path: Path, monkeypatch, patience: float
+):
+    monkeypatch.setattr(behind, "PATIENCE", patience)
+    monkeypatch.setattr(behind, "RING", 1)
+    seen, add = [], ShardWriter.add
+
+    def slow(self: ShardWriter, side: int, rows: Tensor, threads: Any) -> None:
+        me = os.sched_getscheduler(threading.get_native_id())
+        encoder = threads.submit(lambda: os.sched_getscheduler(threading.get_native_id()))
+        seen.append((me, encoder.result()))
+        time.sleep(0.05)
+        add(self, side, rows, threads)
+
+    monkeypatch.setattr(ShardWriter, "add", slow)
+    captured(tmp_path / "a")
+    assert seen[0] == (os.SCHED_IDLE,) * 2
+    assert seen[-1] == (os.SCHED_IDLE if patience > 1 else os.SCHED_OTHER,) * 2
+
+
+def test_a_layer_that_fails_beside_another_is_named_and_only_it_is_written_again(
+    tmp_path, monkeypatch
+):
+    add, written = ShardWriter.add, set()
+
+    def fail(self: ShardWriter, *given: Any) -> None:
+        if self._path.name == "layer_2.zarr":
+            raise InputError("It fails.", value=self._path.name, rule="", remedy="")
+        add(self, *given)
+
+    def note(self: ShardWriter, *given: Any) -> None:
+        written.add((self._path.name, self._split, self._k))
+        add(self, *given)
 
     whole = files(captured(tmp_path / "whole"))
-    monkeypatch.setattr(LayerWriter, "write_shard", fail)
+    monkeypatch.setattr(ShardWriter, "add", fail)
     with pytest.raises(InputError, match="layer_2"):
         captured(tmp_path / "failed")
-    monkeypatch.setattr(LayerWriter, "write_shard", note)
+    monkeypatch.setattr(ShardWriter, "add", note)
     assert files(captured(tmp_path / "failed")) == whole
     assert ("layer_0.zarr", "train", 0) not in written
     assert ("layer_2.zarr", "train", 0) in written

@@ -1,61 +1,65 @@
 """A shard is encoded to the bytes that zarr's own pipeline writes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
+from crc32c import crc32c
 
 from pipeline import hierarchy
 from pipeline.commits import Layout
 from pipeline.config import Codec
-from pipeline.shards import Files, shard_key
+from pipeline.encoding import Encoder
+from pipeline.shards import chunk_checksums, shard_key
 
 D, CHUNK, SHARD = 24, 8, 24
 ROWS = {"whole shards": 48, "a ragged chunk": 45, "a ragged shard": 40, "one short chunk": 3}
 
 
+@pytest.mark.parametrize("pieces", [SHARD, 3, 11])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("codec", Codec)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_shard_has_the_bytes_of_zarrs_own_pipeline(
-    tmp_path: Path, dtype: torch.dtype, codec: Codec, rows: int, zeros: bool
+    tmp_path: Path, dtype: torch.dtype, codec: Codec, rows: int, zeros: bool, pieces: int
 ):
-    """A chunk of zeros is written too; a chunk beyond the last row is absent."""
+    """A chunk of zeros is written too; a chunk beyond the last row is absent.
+
+    In however many rows at a time they come.
+    """
+    tmp_path /= "store"
     layout = Layout({"train": rows}, D, dtype, CHUNK, codec, CHUNK, SHARD)
     given = torch.randn(rows, D, generator=torch.Generator().manual_seed(rows)) * (not zeros)
     given = given.to(dtype)
-    for name in ("ours", "zarrs"):
-        hierarchy.create(tmp_path / name, hierarchy.metadata(layout, {}))
-    array = zarr.open_array(tmp_path / "zarrs", path="train/input", mode="r+")
+    hierarchy.create(tmp_path, hierarchy.metadata(layout, {}))
+    array = zarr.open_array(tmp_path, path="train/input", mode="r+")
     array = array.with_config({"write_empty_chunks": True})
     stored = given.view(torch.uint16) if dtype is torch.bfloat16 else given
     for k in range(layout.n_shards("train")):
         start, stop = layout.shard_range("train", k)
         array[start:stop] = stored[start:stop].numpy()
-        place = Files(tmp_path / "ours")
-        described = hierarchy.write_rows(place, layout, "train/input", start, given[start:stop])
-        key = f"train/input/{shard_key(k)}"
-        content = (tmp_path / "zarrs" / key).read_bytes()
-        assert (tmp_path / "ours" / key).read_bytes() == content
-        shard = np.frombuffer(content, np.uint8)
-        assert described == {key: hierarchy._describe(shard, SHARD // CHUNK)}
-    assert np.array_equal(
-        zarr.open_array(tmp_path / "ours", path="train/input", mode="r")[:], stored.numpy()
-    )
+        encoder = Encoder(codec, CHUNK, SHARD // CHUNK)
+        rows_of = stored[start:stop].numpy()
+        found = encoded(encoder, [rows_of[i : i + pieces] for i in range(0, len(rows_of), pieces)])
+        content = (tmp_path / "train/input" / shard_key(k)).read_bytes()
+        assert found == content
+        chunks = chunk_checksums(np.frombuffer(content, np.uint8), SHARD // CHUNK)
+        recorded = {"size": len(content), "crc32c": crc32c(content), "chunks": chunks}
+        assert encoder.described() == recorded
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_do_not_change_a_shard(tmp_path: Path, threads: int):
-    from pipeline.encoding import Encoder
-
+def test_threads_do_not_change_a_shard(threads: int):
     rows = np.random.default_rng(0).normal(size=(64, D)).astype("<f4")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = b"".join(bytes(p) for p in Encoder(Codec.fast, CHUNK, 8).pieces(rows))
-    finally:
-        torch.set_num_threads(before)
-    assert found == b"".join(bytes(p) for p in Encoder(Codec.fast, CHUNK, 8).pieces(rows))
+    found = encoded(Encoder(Codec.fast, CHUNK, 8), [rows], threads)
+    assert found == encoded(Encoder(Codec.fast, CHUNK, 8), [rows])
+
+
+def encoded(encoder: Encoder, pieces: list[np.ndarray], threads: int = 2) -> bytes:
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [bytes(p) for rows in pieces for p in encoder.add(rows, pool)]
+    return b"".join([*parts, *map(bytes, encoder.end())])
