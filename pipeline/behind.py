@@ -21,10 +21,7 @@ from torch import Tensor
 
 from pipeline.shard_writer import ShardWriter
 from pipeline.transfer import Transfer
-from pipeline.volume import RING, RING_MB
-
-AT_ONCE = 4
-"""Pieces that are written at the same time: some are compressed while others wait for the disk."""
+from pipeline.volume import AT_ONCE, RING, RING_MB
 
 PATIENCE = 1.0
 """Seconds that a hook waits for a buffer before rows are written at the model's own priority: on

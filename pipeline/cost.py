@@ -7,7 +7,7 @@ vocabulary, B tokens of a batch. Multiply and add are 2 FLOPs; a backward pass i
 |---|---|---|---|
 | dense (embedded) | 4 P, while training 16 P more | 6 P x tokens of all steps | 16 P, logits |
 | tokens | 4 T | | the text |
-| capture | `volume.py`, and the FFNs | 2 P T, to its last layer | P, two shards of every layer |
+| capture | `volume.py`, and the FFNs | 2 P T, to its last layer | P, the ring of `behind.py` |
 | budget by kl | | candidates x (2 x 2 P T and a start) | 4 P, a start |
 | train, a layer | 4 s, while training 32 s more | 6 x active x T x epochs, a start | see `_train` |
 | heal | 4 S of the FFNs, and a checkpoint | (2 P + 6 active) x tokens | 4 P, 20 s of all, logits |
@@ -90,8 +90,12 @@ def _capture(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
     passed = batch * sizes.itemsize * (sizes.head + 4 * widest + (2 * L + 8) * D)
     # a pass ends behind the last layer that is wanted, before the head
     body = sizes.matrices(sizes.record["parameters"]) - sizes.head * D
-    # two shards of every layer (one is being written), one of them joined, and the codec's work
-    kept = (4 * L + 6) * one.shard_raw_bytes
+    row_bytes = D * ITEMSIZE[volume.stored_dtype(cfg.capture, sizes.record["dtype"])]
+    piece = min(volume.RING_MB * 1e6 / volume.RING, row_bytes * min(batch, max(rows.values())))
+    # the ring; what is compressed of it; a chunk of each array whose rows have not all come
+    kept = round((volume.RING + volume.AT_ONCE) * piece + 2 * L * cfg.capture.chunk_mb * 1e6)
+    if cfg.capture.store_url is not None:  # an object is put whole
+        kept += L * one.shard_bytes
     return sizes.split(
         model + passed,
         kept=kept,

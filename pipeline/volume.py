@@ -31,6 +31,10 @@ MARKER = 60  # its bytes
 RING, RING_MB = 16, 256.0
 """Buffers that rows pass through on their way to the stores, and their size in all [MB]."""
 
+AT_ONCE = 4
+"""Of them, whose rows are written at the same time: some are compressed while others wait for the
+disk."""
+
 READ_COMMITS = 256  # of a store, to learn its ratio from
 
 
@@ -40,7 +44,7 @@ class Volume:
 
     bytes: int
     files: int
-    shard_raw_bytes: int  # of one array
+    shard_bytes: int  # of one shard of all arrays
 
 
 def row_layout(
@@ -114,7 +118,8 @@ def volume(
                 total += round(kept * row_bytes / ratios.get(name, planned))
                 total += 4 * n_chunks + n_shards * (16 * (shard_rows // chunk_rows) + 4)  # sums
         total += 70 + n_shards * (160 + len(names) * (200 + 14 * (shard_rows // chunk_rows)))
-    return Volume(total, files, min(shard_rows, max(rows.values())) * row_bytes)
+    shard = min(shard_rows, max(rows.values())) * row_bytes
+    return Volume(total, files, sum(round(shard / ratios.get(name, planned)) for name in names))
 
 
 def measured_ratios(folder: Path, codec: Codec, dtype: str) -> dict[str, float]:
