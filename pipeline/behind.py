@@ -1,37 +1,34 @@
-"""Rows on their way from a model's hooks to the stores, written while the model goes on.
+"""Rows on their way from a model's hooks to the stores, in a ring of buffers.
 
-They pass through a ring of buffers: a hook waits where none is free. So what is held in memory
-depends neither on the number of layers nor on the size of a batch or a shard. On a GPU the buffers
-are pinned, and filled by a stream of their own.
+A hook waits where none is free. So what is held of rows does not grow with the number of layers,
+nor with a batch or a shard, but for a chunk of each array whose rows have not all come, and for
+compressed shards where an object store takes them whole. On a GPU the buffers are pinned, and
+filled by a stream of their own.
 
-Who writes takes what time the model leaves of the cores. At the same priority each thread that
-compresses holds up one thread of the model, and so, at the end of each product, all of them.
+Rows are written while the model goes on, where it leaves a core to do it. Where it takes all of
+them, model and writers take turns whenever the ring is full: each thread that compressed beside it
+would hold up one of the model's, and so, at the end of each product, all of them.
 """
 
-import contextlib
-import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from pipeline import runtime
 from pipeline.shard_writer import ShardWriter
 from pipeline.transfer import Transfer
 from pipeline.volume import AT_ONCE, RING, RING_MB
-
-PATIENCE = 1.0
-"""Seconds that a hook waits for a buffer before rows are written at the model's own priority: on
-cores that others keep busy, what is left of them is nothing."""
 
 
 class Behind:
     """Writes rows in the order in which it is given them, of each array; several at once.
 
-    Left without an exception, all is written; left with one, what was begun is abandoned.
+    When it is left, what it was given is written; where no exception was raised, every shard has
+    all of its rows and is committed.
 
     Args:
         device: that rows come from.
@@ -48,7 +45,11 @@ class Behind:
         for _ in range(RING):
             size = (self._rows, d_model)
             self._free.put(torch.empty(size, dtype=dtype, pin_memory=pinned))
-        self._pools = [_Threads(_give_way)]
+        threads = torch.get_num_threads()
+        self._beside = device.type != "cpu" or threads < runtime.cores()
+        self._given: list[tuple[ShardWriter, int, Tensor, int, Callable[[], None]]] = []
+        self._writers, self._closers = ThreadPoolExecutor(AT_ONCE), ThreadPoolExecutor(AT_ONCE)
+        self._encoders = ThreadPoolExecutor(threads)
         self._tasks: dict[object, Future[None]] = {}
         self._shards: set[ShardWriter] = set()
         self.committed = 0
@@ -57,20 +58,21 @@ class Behind:
     def write(self, shard: ShardWriter, side: int, rows: Tensor) -> None:
         """Add `rows`, (T, d_model) on any device, to a side of a shard; they may change after.
 
-        Waits for a free buffer.
+        Waits for a free buffer, or for all of them.
         """
         self._shards.add(shard)
         for piece in rows.split(self._rows):
-            buffer = self._buffer()
+            if self._free.empty() and not self._beside:
+                self._take_turn()
+            buffer = self._free.get()
             ready = self._transfer(buffer[: len(piece)], piece)
-            before, threads = self._tasks.pop((shard, side), None), self._pools[-1]
-            self._tasks[shard, side] = threads.writers.submit(
-                self._add, shard, side, buffer, len(piece), ready, before, threads
-            )
+            self._given.append((shard, side, buffer, len(piece), ready))
+            if self._beside:
+                self._begin()
 
     def submit(self, work: Callable[[], None]) -> None:
         """Do other work beside it."""
-        self._tasks[work] = self._pools[-1].writers.submit(work)
+        self._tasks[work] = self._writers.submit(work)
 
     def check(self) -> None:
         """Raise what went wrong since, if anything did."""
@@ -91,21 +93,26 @@ class Behind:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for threads in self._pools:
-            threads.writers.shutdown()
-            threads.encoders.shutdown()
-        for shard in self._shards:
-            shard.abandon()
+        self._begin()
+        for pool in (self._writers, self._encoders, self._closers):
+            pool.shutdown()
         if error is None:
             self.check()
+            assert not self._shards, "a shard did not get all of its rows"
 
-    def _buffer(self) -> Tensor:
-        try:
-            return self._free.get(timeout=PATIENCE)
-        except Empty:
-            if len(self._pools) == 1:
-                self._pools.append(_Threads(_nothing))
-            return self._free.get()
+    def _begin(self) -> None:
+        """Have written what was given."""
+        for shard, side, *rows in self._given:
+            before = self._tasks.pop((shard, side), None)
+            task = self._writers.submit(self._add, shard, side, *rows, before)  # pyright: ignore
+            self._tasks[shard, side] = task
+        self._given.clear()
+
+    def _take_turn(self) -> None:
+        """Wait until all rows that were given are written; they may not be durable then."""
+        self._begin()
+        for buffer in [self._free.get() for _ in range(RING)]:
+            self._free.put(buffer)
 
     def _add(
         self,
@@ -115,34 +122,13 @@ class Behind:
         rows: int,
         ready: Callable[[], None],
         before: Future[None] | None,
-        threads: "_Threads",
     ) -> None:
         try:
+            ready()  # before anything fails: the buffer is filled anew
             if before:
                 before.result()
-            ready()
-            shard.add(side, buffer[:rows], threads.encoders)
+            shard.add(side, buffer[:rows], self._encoders)
         finally:
             self._free.put(buffer)
-        if shard.is_whole(side):
-            shard.close(side)
-
-
-class _Threads:
-    """Those that write pieces, and those that encode their chunks."""
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self.writers = ThreadPoolExecutor(AT_ONCE, "write", begin)
-        self.encoders = ThreadPoolExecutor(torch.get_num_threads(), "encode", begin)
-
-
-def _give_way() -> None:
-    """Give this thread, and what it starts, only time that no other wants."""
-    if hasattr(os, "SCHED_IDLE"):  # on Linux, where threads are scheduled apart
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            thread = threading.get_native_id()
-            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
-
-
-def _nothing() -> None:
-    pass
+        if shard.is_whole(side):  # others wait for the disk
+            self._tasks[shard, side, "close"] = self._closers.submit(shard.close, side)

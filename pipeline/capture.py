@@ -255,7 +255,7 @@ def _batches(
             start, stop = at * length, (at + len(batch)) * length
             at += len(batch)
             while shards and shards[0].stop <= start:
-                shards.pop(0)
+                shards.pop(0).begun.clear()  # they go when they are written
             touched = itertools.takewhile(lambda shard, end=stop: shard.start < end, shards)
             parts = [
                 (s, range(max(s.start, start) - start, min(s.stop, stop) - start)) for s in touched
@@ -269,6 +269,7 @@ def _run(record: Record, batch: _Batch, device: torch.device, behind: Behind) ->
     given: set[tuple[int, int]] = set()
 
     def keep(layer: int, side: int, rows: Tensor) -> None:
+        assert len(rows) == batch.sequences.numel(), "an FFN sees every token, and no more"
         given.add((layer, side))
         for shard, part in batch.shards:
             if layer in shard.lacking:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,28 @@ def json_bytes(content: Any) -> bytes:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write durably: a reader sees the whole file or none."""
     file = NewFile(path)
-    file.write(content)
+    file.write([content])
     file.close()
 
 
 class NewFile:
-    """A file that has its name, whole and durably, once it is closed."""
+    """A file that has its name, whole and durably, once it is closed; not held open till then."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_name(path.name + ".partial")
-        self._file = self._partial.open("wb")
+        self._mode = "wb"
 
-    def write(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
+    def write(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Append them."""
+        with self._partial.open(self._mode) as file:
+            for piece in pieces:
+                file.write(piece)
+        self._mode = "ab"
 
     def close(self) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        fsync(self._partial)
         self._partial.replace(self._path)
         fsync(self._path.parent)
-
-    def abandon(self) -> None:
-        """Let go of it; where it was closed already, it stays."""
-        self._file.close()
 
 
 def fsync(path: Path) -> None:

@@ -24,7 +24,7 @@ BLOSC = {
 SHUFFLES = {"shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 
 Pieces = Iterator[bytes | memoryview]
-"""Of a shard, in their order; what follows a piece is encoded when it is asked for."""
+"""Of a shard, in their order; nothing is encoded before the first is asked for."""
 
 
 class Encoder:
@@ -69,6 +69,7 @@ class Encoder:
         """Those of the last chunk, where it is not whole, and of the index."""
         if self._begun is not None:
             yield from self._listed(self._encode(self._begun))
+            self._begun = None
         table = self._index.tobytes()
         yield self._counted(table)
         yield self._counted(crc32c(table).to_bytes(CRC, "little"))

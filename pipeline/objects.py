@@ -15,7 +15,7 @@ an error may hold a key, or what was signed with one: none of it is repeated, se
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -252,14 +252,11 @@ class NewObject:
         self._place, self._key = place, key
         self._pieces: list[bytes] = []
 
-    def write(self, content: bytes | memoryview) -> None:
-        self._pieces.append(bytes(content))  # a view's memory is used again
+    def write(self, pieces: Iterable[bytes | memoryview]) -> None:
+        self._pieces += map(bytes, pieces)  # a view's memory is used again
 
     def close(self) -> None:
         self._place.put(self._key, b"".join(self._pieces))
-        self._pieces.clear()
-
-    def abandon(self) -> None:
         self._pieces.clear()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline import commits
 from pipeline.commits import ARRAYS, Commit, Layout
-from pipeline.encoding import Encoder, Pieces
+from pipeline.encoding import Encoder
 from pipeline.errors import InputError
 from pipeline.objects import Objects
 from pipeline.shards import Files
@@ -47,6 +47,7 @@ class ShardWriter:
         self._arrays = [_Array(layout, place, key) for key in self._keys]
         self._taken = [0 for _ in ARRAYS]
         self._lock, self._begun, self._left = threading.Lock(), False, len(ARRAYS)
+        self.committed = False
 
     def add(self, side: int, rows: Tensor, threads: Executor) -> None:
         """Take the next rows of `ARRAYS[side]`: CPU, (rows, d_model) of the store's dtype.
@@ -80,15 +81,7 @@ class ShardWriter:
             if not self._left:
                 made = {k: a.described() for k, a in zip(self._keys, self._arrays, strict=True)}
                 self._commit(made)
-
-    @property
-    def committed(self) -> bool:
-        return not self._left
-
-    def abandon(self) -> None:
-        """Let go of what is not whole; no more rows come."""
-        for array in self._arrays:
-            array.abandon()
+                self.committed = True
 
     def _begin(self) -> None:
         with self._lock:
@@ -121,33 +114,21 @@ class ShardWriter:
 
 
 class _Array:
-    """One file of a shard; opened with its first rows."""
+    """One file of a shard."""
 
     def __init__(self, layout: Layout, place: Files | Objects, key: str) -> None:
-        self._place, self._key, self._file = place, key, None
+        self._file = place.create(key)
         self._encoder = Encoder(layout.codec, layout.chunk_rows, layout.chunks_per_shard)
 
     def add(self, rows: Tensor, threads: Executor) -> None:
-        if self._file is None:
-            self._file = self._place.create(self._key)
-        self._write(self._encoder.add(_to_numpy(rows), threads))
+        self._file.write(self._encoder.add(_to_numpy(rows), threads))
 
     def close(self) -> None:
-        assert self._file is not None
-        self._write(self._encoder.end())
+        self._file.write(self._encoder.end())
         self._file.close()
 
     def described(self) -> Commit:
         return self._encoder.described()
-
-    def abandon(self) -> None:
-        if self._file is not None:
-            self._file.abandon()
-
-    def _write(self, pieces: Pieces) -> None:
-        assert self._file is not None
-        for piece in pieces:
-            self._file.write(piece)
 
 
 def _to_numpy(rows: Tensor) -> np.ndarray:

@@ -160,9 +160,6 @@ class LayerWriter:
         assert all(len(rows) == stop - start for rows in sides), (start, stop)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             shard = self.begin(split, k)
-            try:
-                with ThreadPoolExecutor(len(sides)) as pool:
-                    list(pool.map(shard.add, range(len(sides)), sides, [threads] * len(sides)))
-                    list(pool.map(shard.close, range(len(sides))))
-            finally:
-                shard.abandon()
+            with ThreadPoolExecutor(len(sides)) as pool:
+                list(pool.map(shard.add, range(len(sides)), sides, [threads] * len(sides)))
+                list(pool.map(shard.close, range(len(sides))))

@@ -1,10 +1,10 @@
 """What the stores hold is what every FFN was given and gave, in the order of the tokens."""
 
-import os
+import errno
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from pipeline import artifacts, behind, capture, corpus, dense, durable
+from pipeline import artifacts, behind, capture, corpus, dense, durable, runtime
 from pipeline.activations import INPUT, OUTPUT, hook_ffn, record_ffn
 from pipeline.config import CaptureConfig, Codec, Config, DataConfig, Dtype, TokensConfig
 from pipeline.documents import Document
@@ -25,6 +25,7 @@ from pipeline.shard_writer import ShardWriter
 from pipeline.stages import CAPTURE, DENSE, TOKENS
 from pipeline.stages import capture as stage
 from pipeline.store import LayerReader
+from pipeline.store_writer import LayerWriter
 from pipeline.transfer import Transfer
 
 LENGTH, VOCABULARY = 8, 64
@@ -582,7 +583,9 @@ def test_arrays_written_at_once_give_the_bytes_of_one_after_the_other(tmp_path, 
     meeting, add = threading.Barrier(2), ShardWriter.add
 
     def meet(self: ShardWriter, side: int, *more: Any) -> None:
-        if (self._path.name, side) in (("layer_0.zarr", INPUT), ("layer_1.zarr", OUTPUT)):
+        """Of the split that has one shard, which comes at once."""
+        array = self._path.name, self._split, side
+        if array in [(f"layer_{k}.zarr", "validation", k) for k in (INPUT, OUTPUT)]:
             meeting.wait(timeout=30)
         add(self, side, *more)
 
@@ -626,26 +629,71 @@ def test_no_more_rows_wait_than_the_ring_holds(tmp_path: Path, monkeypatch):
     assert (waiting, most) == (0, 2)
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux alone schedules threads apart")
-@pytest.mark.parametrize("patience", [1e-3, 60.0])
-def test_writers_give_way_to_the_model_until_it_has_waited_too_long(
-    tmp_path: Path, monkeypatch, patience: float
-):
-    monkeypatch.setattr(behind, "PATIENCE", patience)
-    monkeypatch.setattr(behind, "RING", 1)
-    seen, add = [], ShardWriter.add
+def test_rows_are_written_beside_a_model_that_leaves_a_core(tmp_path: Path, monkeypatch):
+    """Its last layer waits until rows of the first are written."""
+    monkeypatch.setattr(runtime, "cores", lambda: torch.get_num_threads() + 1)
+    model, written, add = tiny(), threading.Event(), ShardWriter.add
 
-    def slow(self: ShardWriter, side: int, rows: Tensor, threads: Any) -> None:
-        me = os.sched_getscheduler(threading.get_native_id())
-        encoder = threads.submit(lambda: os.sched_getscheduler(threading.get_native_id()))
-        seen.append((me, encoder.result()))
-        time.sleep(0.05)
-        add(self, side, rows, threads)
+    def note(self: ShardWriter, *given: Any) -> None:
+        add(self, *given)
+        written.set()
 
-    monkeypatch.setattr(ShardWriter, "add", slow)
-    captured(tmp_path / "a")
-    assert seen[0] == (os.SCHED_IDLE,) * 2
-    assert seen[-1] == (os.SCHED_IDLE if patience > 1 else os.SCHED_OTHER,) * 2
+    monkeypatch.setattr(ShardWriter, "add", note)
+    waited = []
+    model.model.layers[2].register_forward_pre_hook(lambda *_: waited.append(written.wait(30)))
+    captured(tmp_path / "a", model)
+    assert waited and all(waited)
+
+
+def test_a_model_that_takes_every_core_and_the_writers_take_turns(tmp_path: Path, monkeypatch):
+    """No row is written while a layer runs; all of them are, whenever the ring is full."""
+    monkeypatch.setattr(runtime, "cores", torch.get_num_threads)
+    monkeypatch.setattr(behind, "RING", 3)
+    model, running, seen, add = tiny(), threading.Event(), [], ShardWriter.add
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: running.set())
+        layer.self_attn.register_forward_hook(lambda *_: (time.sleep(0.02), running.clear())[1])
+
+    def note(self: ShardWriter, *given: Any) -> None:
+        seen.append(running.is_set())
+        add(self, *given)
+
+    monkeypatch.setattr(ShardWriter, "add", note)
+    captured(tmp_path / "a", model)
+    assert len(seen) > 6 and not any(seen)
+
+
+@pytest.mark.parametrize("failing", ["close", "commit", "weights"])
+def test_what_fails_beside_the_model_ends_the_capture(tmp_path: Path, monkeypatch, failing: str):
+    """After the last batch too; run again, it is whole."""
+    owner, name = {
+        "close": (durable.NewFile, "close"),
+        "commit": (LayerWriter, "_write_commit"),
+        "weights": (DenseFFN, "save"),
+    }[failing]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            captured(tmp_path / "a", batch_size=100)
+    assert files(captured(tmp_path / "a", batch_size=100)) == files(
+        captured(tmp_path / "b", batch_size=100)
+    )
+
+
+@pytest.mark.parametrize("n", [-1, 1])
+def test_an_ffn_that_sees_not_each_token_once_is_not_stored(tmp_path: Path, n: int):
+    def forward(tokens: Tensor, layers: Collection[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        rows = torch.zeros(tokens.numel() + n, 16)
+        return dict.fromkeys(layers, (rows, rows))
+
+    with pytest.raises(AssertionError, match="every token"):
+        capture.capture_activations(
+            tiny(), blocks(), tmp_path / "a", cfg=CONFIG, layers=[0], forward=forward
+        )
 
 
 def test_a_layer_that_fails_beside_another_is_named_and_only_it_is_written_again(
