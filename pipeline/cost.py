@@ -93,7 +93,7 @@ def _capture(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
     row_bytes = D * ITEMSIZE[volume.stored_dtype(cfg.capture, sizes.record["dtype"])]
     piece = min(volume.RING_MB * 1e6 / volume.RING, row_bytes * min(batch, max(rows.values())))
     # the ring; what is compressed of it; a chunk of each array whose rows have not all come
-    kept = round((volume.RING + 2 * volume.AT_ONCE) * piece + 2 * L * cfg.capture.chunk_mb * 1e6)
+    kept = round((volume.RING + volume.AT_ONCE) * piece + 2 * L * cfg.capture.chunk_mb * 1e6)
     if sizes.on_gpu:  # one is written at a time
         kept += max(map(_dense_ffn, sizes.shapes.values())) * sizes.itemsize
     if cfg.capture.store_url is not None:  # an object is put whole, copied for it
