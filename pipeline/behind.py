@@ -76,7 +76,7 @@ class Behind:
 
     def check(self) -> None:
         """Raise what went wrong since, if anything did."""
-        for key, task in [*self._tasks.items()]:
+        for key, task in self._tasks.copy().items():  # writers add to it
             if task.done():
                 task.result()
                 del self._tasks[key]

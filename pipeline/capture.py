@@ -10,6 +10,7 @@ folder at the same time; together they are the bytes that one run writes.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -249,13 +250,13 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Those that missing shards are in; each split is cut from its beginning, whatever it lacks."""
     for split, sequences in blocks.items():
-        shards = [shard for shard in missing if shard.split == split]
+        shards = deque(shard for shard in missing if shard.split == split)
         length, at = sequences.shape[1], 0
         for batch in sequences.split(batch_size):
             start, stop = at * length, (at + len(batch)) * length
             at += len(batch)
             while shards and shards[0].stop <= start:
-                shards.pop(0).begun.clear()  # they go when they are written
+                shards.popleft().begun.clear()  # they go when they are written
             touched = itertools.takewhile(lambda shard, end=stop: shard.start < end, shards)
             parts = [
                 (s, range(max(s.start, start) - start, min(s.stop, stop) - start)) for s in touched
