@@ -13,6 +13,7 @@ would hold up one of the model's, and so, at the end of each product, all of the
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Semaphore
 from types import TracebackType
 
 import torch
@@ -49,6 +50,7 @@ class Behind:
         self._beside = device.type != "cpu" or threads < runtime.cores()
         self._given: list[tuple[ShardWriter, int, Tensor, int, Callable[[], None]]] = []
         self._writers, self._closers = ThreadPoolExecutor(AT_ONCE), ThreadPoolExecutor(AT_ONCE)
+        self._unclosed = Semaphore(AT_ONCE)  # a store may be slower than the model
         self._encoders = ThreadPoolExecutor(threads)
         self._tasks: dict[object, Future[None]] = {}
         self._shards: set[ShardWriter] = set()
@@ -75,14 +77,17 @@ class Behind:
         self._tasks[work] = self._writers.submit(work)
 
     def check(self) -> None:
-        """Raise what went wrong since, if anything did."""
-        for key, task in self._tasks.copy().items():  # writers add to it
-            if task.done():
+        """Raise what went wrong since, if anything did: of what was given first."""
+        tasks = self._tasks.copy()  # writers add to it
+        done = {key: task for key, task in tasks.items() if task.done()}
+        if any(task.exception() for task in done.values()):
+            for task in tasks.values():
                 task.result()
-                del self._tasks[key]
-        done = {shard for shard in self._shards if shard.committed}
-        self._shards -= done
-        self.committed += len(done)
+        for key in done:
+            del self._tasks[key]
+        committed = {shard for shard in self._shards if shard.committed}
+        self._shards -= committed
+        self.committed += len(committed)
 
     def __enter__(self) -> "Behind":
         return self
@@ -101,12 +106,12 @@ class Behind:
             assert not self._shards, "a shard did not get all of its rows"
 
     def _begin(self) -> None:
-        """Have written what was given."""
-        for shard, side, *rows in self._given:
+        """Have written what was given, each piece once however this ends."""
+        given, self._given = self._given, []
+        for shard, side, *rows in given:
             before = self._tasks.pop((shard, side), None)
             task = self._writers.submit(self._add, shard, side, *rows, before)  # pyright: ignore
             self._tasks[shard, side] = task
-        self._given.clear()
 
     def _take_turn(self) -> None:
         """Wait until all rows that were given are written; they may not be durable then."""
@@ -128,7 +133,14 @@ class Behind:
             if before:
                 before.result()
             shard.add(side, buffer[:rows], self._encoders)
+            if shard.is_whole(side):  # others wait for the disk
+                self._unclosed.acquire()
+                self._tasks[shard, side, "close"] = self._closers.submit(self._close, shard, side)
         finally:
             self._free.put(buffer)
-        if shard.is_whole(side):  # others wait for the disk
-            self._tasks[shard, side, "close"] = self._closers.submit(shard.close, side)
+
+    def _close(self, shard: ShardWriter, side: int) -> None:
+        try:
+            shard.close(side)
+        finally:
+            self._unclosed.release()

@@ -271,6 +271,7 @@ def _run(record: Record, batch: _Batch, device: torch.device, behind: Behind) ->
 
     def keep(layer: int, side: int, rows: Tensor) -> None:
         assert len(rows) == batch.sequences.numel(), "an FFN sees every token, and no more"
+        assert (layer, side) not in given, "an FFN was run again"
         given.add((layer, side))
         for shard, part in batch.shards:
             if layer in shard.lacking:

@@ -87,15 +87,16 @@ def _capture(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
     widest = max(s.d_ff for s in sizes.shapes.values())
     L = len(sizes.shapes)
     model = sizes.record["parameters"] * sizes.itemsize
-    passed = batch * sizes.itemsize * (sizes.head + 4 * widest + (2 * L + 8) * D)
+    passed = batch * sizes.itemsize * (4 * widest + 8 * D)
     # a pass ends behind the last layer that is wanted, before the head
     body = sizes.matrices(sizes.record["parameters"]) - sizes.head * D
     row_bytes = D * ITEMSIZE[volume.stored_dtype(cfg.capture, sizes.record["dtype"])]
     piece = min(volume.RING_MB * 1e6 / volume.RING, row_bytes * min(batch, max(rows.values())))
     # the ring; what is compressed of it; a chunk of each array whose rows have not all come
     kept = round((volume.RING + volume.AT_ONCE) * piece + 2 * L * cfg.capture.chunk_mb * 1e6)
-    if sizes.on_gpu:  # one is written at a time
+    if sizes.on_gpu:  # FFNs are written one at a time; rows wait there for the ring
         kept += max(map(_dense_ffn, sizes.shapes.values())) * sizes.itemsize
+        passed += round(volume.RING * piece)
     if cfg.capture.store_url is not None:  # an object is put whole, copied for it
         kept += (L + volume.AT_ONCE) * one.shard_bytes
     return sizes.split(

@@ -37,9 +37,10 @@ class NewFile:
     def write(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Append them."""
         with self._partial.open(self._mode) as file:
+            file.seek(0, os.SEEK_END)
             for piece in pieces:
                 file.write(piece)
-        self._mode = "ab"
+        self._mode = "r+b"  # what is gone since is not begun anew
 
     def close(self) -> None:
         fsync(self._partial)

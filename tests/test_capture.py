@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -593,11 +594,16 @@ def test_arrays_written_at_once_give_the_bytes_of_one_after_the_other(tmp_path, 
     assert run("at_once") == apiece
 
 
+@pytest.mark.parametrize("spare", [0, 1])
 @pytest.mark.parametrize(("buffers", "megabytes"), [(1, 256.0), (3, 1e-4), (16, 1e-9)])
 def test_the_ring_does_not_change_what_is_stored(
-    undisturbed: Path, tmp_path: Path, monkeypatch, buffers: int, megabytes: float
+    undisturbed: Path, tmp_path: Path, monkeypatch, buffers: int, megabytes: float, spare: int
 ):
-    """One buffer, that every hook waits for; buffers of a few rows, and of one."""
+    """One buffer, that every hook waits for; buffers of a few rows, and of one.
+
+    Beside the model, and by turns with it.
+    """
+    monkeypatch.setattr(runtime, "cores", lambda: torch.get_num_threads() + spare)
     monkeypatch.setattr(behind, "RING", buffers)
     monkeypatch.setattr(behind, "RING_MB", megabytes)
     assert files(captured(tmp_path / "a")) == layer_files(undisturbed, 0, 2)
@@ -667,13 +673,16 @@ def test_a_model_that_takes_every_core_and_the_writers_take_turns(tmp_path: Path
 def test_what_fails_beside_the_model_ends_the_capture(tmp_path: Path, monkeypatch, failing: str):
     """After the last batch too; run again, it is whole."""
     owner, name = {
-        "close": (durable.NewFile, "close"),
+        "close": (ShardWriter, "close"),
         "commit": (LayerWriter, "_write_commit"),
         "weights": (DenseFFN, "save"),
     }[failing]
+    works = getattr(owner, name)
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(self: Any, *given: Any) -> None:
+        if failing == "weights" or "heldout" in (getattr(self, "_split", ""), *given):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        works(self, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
@@ -685,7 +694,7 @@ def test_what_fails_beside_the_model_ends_the_capture(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("n", [-1, 1])
-def test_an_ffn_that_sees_not_each_token_once_is_not_stored(tmp_path: Path, n: int):
+def test_an_ffn_that_sees_more_or_fewer_rows_is_not_stored(tmp_path: Path, n: int):
     def forward(tokens: Tensor, layers: Collection[int]) -> dict[int, tuple[Tensor, Tensor]]:
         rows = torch.zeros(tokens.numel() + n, 16)
         return dict.fromkeys(layers, (rows, rows))
@@ -694,6 +703,64 @@ def test_an_ffn_that_sees_not_each_token_once_is_not_stored(tmp_path: Path, n: i
         capture.capture_activations(
             tiny(), blocks(), tmp_path / "a", cfg=CONFIG, layers=[0], forward=forward
         )
+
+
+def test_an_ffn_that_runs_twice_is_not_stored(tmp_path: Path):
+    model = tiny()
+
+    def again(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        model.model.layers[0].mlp(args[0])
+
+    model.model.layers[1].register_forward_pre_hook(again)
+    with pytest.raises(AssertionError, match="run again"):
+        captured(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_an_interrupt_while_rows_are_handed_over_stores_none_twice(
+    undisturbed: Path, tmp_path: Path, monkeypatch, spare: int
+):
+    monkeypatch.setattr(runtime, "cores", lambda: torch.get_num_threads() + spare)
+    with monkeypatch.context() as patch:
+        patch.setattr(behind, "RING", 2)
+        begin, calls = behind.Behind._begin, []
+
+        def interrupted(self: behind.Behind) -> None:
+            submit = self._writers.submit
+            if len(calls) == 1:  # in the middle of the second time
+
+                def stop(*given: Any) -> Any:
+                    submit(*given)
+                    raise KeyboardInterrupt
+
+                patch.setattr(self._writers, "submit", stop)
+            calls.append(1)
+            try:
+                begin(self)
+            finally:
+                patch.setattr(self._writers, "submit", submit)
+
+        patch.setattr(behind.Behind, "_begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            captured(tmp_path / "a")
+    assert len(calls) > 2, "what is left is handed over"
+    assert files(captured(tmp_path / "a")) == layer_files(undisturbed, 0, 2)
+
+
+def test_a_store_that_is_slower_than_the_model_holds_it_up(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(behind, "RING", 2)
+    monkeypatch.setattr(behind, "AT_ONCE", 1)
+    answers, close = threading.Event(), ShardWriter.close
+    monkeypatch.setattr(ShardWriter, "close", lambda *given: answers.wait(30) and close(*given))
+    model = tiny()
+    seen = watched(model)
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(captured, tmp_path / "a", model, batch_size=1)
+        time.sleep(1)
+        held_up_at = len(seen)
+        answers.set()
+        run.result()
+    assert held_up_at < len(seen) == sum(SEQUENCES.values())
 
 
 def test_a_layer_that_fails_beside_another_is_named_and_only_it_is_written_again(
