@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import file_digest
 from pipeline.behind import Behind
-from pipeline.commits import commit_path
+from pipeline.commits import ARRAYS, commit_path
 from pipeline.config import CaptureConfig, Dtype, Store
 from pipeline.corpus import check_token_ids
 from pipeline.dense import select_layers
 from pipeline.discovery import find_ffns
 from pipeline.durable import fsync, remove_partials, unique_partial
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.locks import Part
 from pipeline.passes import Forward, Record, of_forward, of_model
@@ -70,7 +70,8 @@ def capture_activations(
         store_url: object store that takes the shards, as `capture.store_url`; null = `folder` does.
 
     Raises:
-        InputError: the model lacks a layer or a token's embedding, or an activation is not finite.
+        InputError: the model lacks a layer or a token's embedding, an FFN does not see every token
+            once, or an activation is not finite.
         ResourceError: there is no room for it on the disk.
     """
     sequence_length = next(iter(blocks.values())).shape[1]
@@ -270,15 +271,29 @@ def _run(record: Record, batch: _Batch, device: torch.device, behind: Behind) ->
     given: set[tuple[int, int]] = set()
 
     def keep(layer: int, side: int, rows: Tensor) -> None:
-        assert len(rows) == batch.sequences.numel(), "an FFN sees every token, and no more"
-        assert (layer, side) not in given, "an FFN was run again"
+        tokens = batch.sequences.numel()
+        if len(rows) != tokens:
+            raise _not_once(layer, f"sees {len(rows)} rows of {tokens} tokens")
+        if (layer, side) in given:
+            raise _not_once(layer, f"is run again in one pass over {tokens} tokens")
         given.add((layer, side))
         for shard, part in batch.shards:
             if layer in shard.lacking:
                 behind.write(shard.writer(layer), side, rows[part.start : part.stop])
 
     record(batch.sequences.to(device), batch.layers, keep)
-    assert len(given) == 2 * len(batch.layers), "an FFN was not run"
+    for layer in batch.layers:
+        if not {(layer, side) for side in range(len(ARRAYS))} <= given:
+            raise _not_once(layer, "is not run")
+
+
+def _not_once(layer: int, seen: str) -> InputError:
+    return InputError(
+        "An FFN cannot be captured.",
+        value=f"layer {layer}: {seen}",
+        rule="in a forward pass of the dense model each layer's FFN sees every token once",
+        remedy="leave the layer out with model.layers",
+    )
 
 
 def stored_dtype(dtype: Dtype, model_dtype: torch.dtype) -> torch.dtype:

@@ -39,20 +39,19 @@ def shard_key(k: int) -> str:
     return f"c.{k}.0"
 
 
-def chunk_checksums(shard: Bytes, chunks_per_shard: int) -> list[int | None]:
-    """The crc32c that follows each chunk of a whole and sound shard; None for an absent chunk."""
-    index = _parse_index(shard[-(INDEX_ENTRY * chunks_per_shard + CRC) :])
-    assert index is not None, "zarr has just written it, or a checksum of the file was right"
-    ends = [None if offset == ABSENT else int(offset + length) for offset, length in index]
-    return [None if end is None else _parse_crc(shard[end - CRC : end]) for end in ends]
-
-
 def sound_chunks(content: Bytes, chunks_per_shard: int) -> list[int | None]:
-    """As `chunk_checksums`; empty where the index of the shard is damaged, or there is none."""
+    """The crc32c that follows each chunk of a whole shard; None for an absent chunk.
+
+    Empty where the index of the shard is damaged, or there is none.
+    """
     size = INDEX_ENTRY * chunks_per_shard + CRC
-    if not chunks_per_shard or len(content) < size or _parse_index(content[-size:]) is None:
+    if not chunks_per_shard or len(content) < size:
         return []
-    return chunk_checksums(content, chunks_per_shard)
+    index = _parse_index(content[-size:])
+    if index is None:
+        return []
+    ends = [None if offset == ABSENT else int(offset + length) for offset, length in index]
+    return [None if end is None else _parse_crc(content[end - CRC : end]) for end in ends]
 
 
 def file_checksum(path: Path) -> int:

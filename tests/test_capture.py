@@ -699,7 +699,7 @@ def test_an_ffn_that_sees_more_or_fewer_rows_is_not_stored(tmp_path: Path, n: in
         rows = torch.zeros(tokens.numel() + n, 16)
         return dict.fromkeys(layers, (rows, rows))
 
-    with pytest.raises(AssertionError, match="every token"):
+    with pytest.raises(InputError, match=f"layer 0: sees {24 + n} rows of 24 tokens"):
         capture.capture_activations(
             tiny(), blocks(), tmp_path / "a", cfg=CONFIG, layers=[0], forward=forward
         )
@@ -712,7 +712,14 @@ def test_an_ffn_that_runs_twice_is_not_stored(tmp_path: Path):
         model.model.layers[0].mlp(args[0])
 
     model.model.layers[1].register_forward_pre_hook(again)
-    with pytest.raises(AssertionError, match="run again"):
+    with pytest.raises(InputError, match="layer 0: is run again in one pass"):
+        captured(tmp_path / "a", model)
+
+
+def test_an_ffn_that_is_not_run_is_not_stored(tmp_path: Path):
+    model = tiny()
+    model.model.layers[2].forward = lambda states, *_, **__: states
+    with pytest.raises(InputError, match="layer 2: is not run"):
         captured(tmp_path / "a", model)
 
 

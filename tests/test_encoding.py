@@ -13,7 +13,7 @@ from pipeline import hierarchy
 from pipeline.commits import Layout
 from pipeline.config import Codec
 from pipeline.encoding import Encoder
-from pipeline.shards import chunk_checksums, shard_key
+from pipeline.shards import shard_key, sound_chunks
 
 D, CHUNK, SHARD = 24, 8, 24
 ROWS = {"whole shards": 48, "a ragged chunk": 45, "a ragged shard": 40, "one short chunk": 3}
@@ -47,7 +47,7 @@ def test_a_shard_has_the_bytes_of_zarrs_own_pipeline(
         found = encoded(encoder, [rows_of[i : i + pieces] for i in range(0, len(rows_of), pieces)])
         content = (tmp_path / "train/input" / shard_key(k)).read_bytes()
         assert found == content
-        chunks = chunk_checksums(np.frombuffer(content, np.uint8), SHARD // CHUNK)
+        chunks = sound_chunks(np.frombuffer(content, np.uint8), SHARD // CHUNK)
         recorded = {"size": len(content), "crc32c": crc32c(content), "chunks": chunks}
         assert encoder.described() == recorded
 
