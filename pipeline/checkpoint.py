@@ -6,6 +6,7 @@ model is built for that. The modelling file comes with it where the host is our 
 proved (`proof.py`) that the checkpoint computes what the layers in the dense model's place do.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,10 +79,11 @@ def assemble(
     norms: Mapping[str, Tensor] | None = None,
     max_shard_size: str = "2GB",
     tolerance: float = 1e-3,
-) -> None:
+) -> dict[str, str]:
     """Write the sparse checkpoint of the dense model `source` to `folder`, and prove it.
 
-    All on the CPU: a model that fits the host's memory need not fit a GPU's.
+    All on the CPU: a model that fits the host's memory need not fit a GPU's. Returns what
+    `proof.prove` does.
 
     Args:
         norms: healed ones, by name; null = the dense model's own.
@@ -101,7 +103,7 @@ def assemble(
             return conversion.put_into(dense.load_model(source, **how))
 
         vocab_size = conversion.described["vocab_size"]
-        proof.prove(fresh, folder, written, in_memory, vocab_size, tolerance)
+        return proof.prove(fresh, folder, written, in_memory, vocab_size, tolerance)
 
 
 class Conversion:
@@ -173,26 +175,24 @@ class Conversion:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same, one after the other; each sparse layer is read when its turn comes.
 
-        They are held against their digests meanwhile: a damaged one is refused after it was given.
+        It is held against its digest right before, while the one before it is written, so that it
+        comes from the disk once.
         """
         found = weights.find(self.skeleton, self.kept, self.source, self.how["revision"])
         if isinstance(found, str):
             print(f"the dense model is read as a whole, since {found}", flush=True)
             found = weights.Resident(dense.load_model(self.source, **self.how).state_dict())
-        yield from self._kept(found)
-        thread = ThreadPoolExecutor(1)
-        try:
-            sound = [thread.submit(check_weights, path) for path in self.folders.values()]
+        with ThreadPoolExecutor(1) as thread:
+            paths = deque(self.folders.values())
+            sound = thread.submit(check_weights, paths.popleft())
+            yield from self._kept(found)
             for k, path in self.folders.items():  # no name keeps a layer while the next is read
+                sound.result()
+                if paths:
+                    sound = thread.submit(check_weights, paths.popleft())
                 yield from self._placed(
                     k, pad_experts(load_layer(path, mapped=True)[0], self.stored[k])
                 ).items()
-                while sound and sound[0].done():
-                    sound.pop(0).result()
-            for checked in sound:
-                checked.result()
-        finally:
-            thread.shutdown(cancel_futures=True)
 
     def put_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same conversion in memory; returns the model, which is changed."""

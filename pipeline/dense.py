@@ -114,7 +114,8 @@ def resolve(
     with explained(source):
         folder = Path(source if commit is None else snapshot_download(source, revision=commit))
     files = sorted(p for p in folder.iterdir() if p.suffix in RECORDED)
-    return {"digests": {p.name: artifacts.file_digest(p) for p in files}, **described}
+    digests = zip((p.name for p in files), artifacts.file_digests(files), strict=True)
+    return {"digests": dict(digests), **described}
 
 
 def inspect(

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import cgroups
 from pipeline.errors import ResourceError
 
 ERRNOS = {
@@ -73,15 +74,10 @@ def free_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = dict(line.split(":") for line in lines)
         known.append(1024 * int(sizes["MemAvailable"].split()[0]))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
-            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-            known.append(int(limit) - used)
-    except (OSError, KeyError):  # another system, or no such group
+    except (OSError, KeyError):  # another system
         pass
-    return min(known, default=None)
+    limited = cgroups.free_memory()
+    return min(known if limited is None else [*known, limited], default=None)
 
 
 def free_gpu_memory() -> int | None:

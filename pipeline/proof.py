@@ -92,8 +92,10 @@ def prove(
     vocab_size: int,
     tolerance: float,
     free: int | None = None,
-) -> None:
+) -> dict[str, str]:
     """Raise `ArtifactError` where the checkpoint in `folder` is not what was converted.
+
+    Returns the SHA-256 of the files that were read to the last byte, by name.
 
     Args:
         written: what `weights.write` returned for it.
@@ -109,12 +111,13 @@ def prove(
         expected = reload.compute(in_memory().float(), probe(vocab_size), NEW_TOKENS)
         gc.collect()
         compare(expected, fresh.compute(folder, vocab_size), tolerance, folder)
-    else:
-        print(f"proof: every tensor as it was written, and no logits ({sizes})", flush=True)
-        with ThreadPoolExecutor(1) as thread:
-            opened = thread.submit(fresh.open, folder)
-            compare_tensors(files, written)
-            opened.result()
+        return {}
+    print(f"proof: every tensor as it was written, and no logits ({sizes})", flush=True)
+    with ThreadPoolExecutor(1) as thread:
+        opened = thread.submit(fresh.open, folder)
+        digests = compare_tensors(files, written)
+        opened.result()
+    return digests
 
 
 def _count(path: Path) -> int:
@@ -151,17 +154,24 @@ def compare(
         )
 
 
-def compare_tensors(files: Iterable[Path], written: Mapping[str, int]) -> None:
-    """Raise `ArtifactError` where the tensors on disk are not those that were written."""
+def compare_tensors(files: Iterable[Path], written: Mapping[str, int]) -> dict[str, str]:
+    """Raise `ArtifactError` where the tensors on disk are not those that were written.
+
+    Returns the SHA-256 of each file by name.
+    """
     found: dict[str, int] = {}
-    for path in files:
-        try:
-            found |= weights.checksums(path)
-        except ValueError as error:
-            raise _other(f"{path.name}: {error}") from None
+    digests: dict[str, str] = {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        for path, read in [(path, threads.submit(weights.checksums, path)) for path in files]:
+            try:
+                tensors, digests[path.name] = read.result()
+            except ValueError as error:
+                raise _other(f"{path.name}: {error}") from None
+            found |= tensors
     differing = sorted(name for name, _ in found.items() ^ written.items())
     if differing:
         raise _other(f"{', '.join(dict.fromkeys(differing))} differ from what was written")
+    return digests
 
 
 def _other(what: str) -> ArtifactError:

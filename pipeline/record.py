@@ -61,8 +61,9 @@ def source(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
     place = located(model.id)
     local = Path(place)
     if local.is_dir():
-        for name, recorded in record["digests"].items():
-            if artifacts.file_digest(local / name) != recorded:
+        digests = artifacts.file_digests(local / name for name in record["digests"])
+        for (name, recorded), found in zip(record["digests"].items(), digests, strict=True):
+            if found != recorded:
                 raise ArtifactError(
                     "The dense model changed after it was recorded.",
                     value=local.absolute() / name,

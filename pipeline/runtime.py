@@ -5,11 +5,12 @@ Nothing here decides what is computed beyond rounding, and no choice rests on a 
 
 import ctypes
 import functools
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from pipeline import loggers
+from pipeline import cgroups, loggers
 from pipeline.config import Device, Dtype, RuntimeConfig
 from pipeline.errors import ConfigError, ResourceError
 
@@ -55,10 +56,11 @@ def check_platform() -> None:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores that this process may use; a container's share of time is rounded up to some."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    found = len(affinity(0)) if affinity else os.cpu_count() or 1
+    share = cgroups.cores()
+    return found if share is None else max(1, min(found, math.ceil(share)))
 
 
 def configure(cfg: RuntimeConfig, why: str = "configured") -> None:

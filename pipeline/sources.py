@@ -4,7 +4,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from pipeline.artifacts import json_digest, sha256
+from pipeline.artifacts import file_digest, json_digest
 
 PACKAGE = Path(__file__).parent
 
@@ -46,4 +46,6 @@ def _imports(path: Path) -> list[str]:
 @cache
 def code_digest(module: str) -> str:
     """Digest of the sources in `import_closure(module)`."""
-    return json_digest({str(p.relative_to(PACKAGE)): sha256(p) for p in import_closure(module)})
+    return json_digest(
+        {str(p.relative_to(PACKAGE)): file_digest(p) for p in import_closure(module)}
+    )

@@ -6,6 +6,7 @@ first tensor is there. Checksums are taken of what is written, so that the files
 it without making any of it again.
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -188,29 +189,34 @@ def write(
     return written
 
 
-def checksums(path: Path) -> dict[str, int]:
-    """As `write` returns them, of a file on disk, read block by block.
+def checksums(path: Path) -> tuple[dict[str, int], str]:
+    """As `write` returns them, of a file on disk, and the SHA-256 of all of it: it is read once.
 
     Raises:
         ValueError: it is no safetensors file.
     """
+    whole, found, end = hashlib.sha256(), {}, 0
     with path.open("rb", buffering=0) as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(size, path.stat().st_size)))
-        return {
-            name: _checksum(file, 8 + size + described["data_offsets"][0], described)
-            for name, described in header.items()
-            if name != "__metadata__"
-        }
 
+        def read(size: int) -> bytes:
+            block = file.read(size)
+            whole.update(block)
+            return block
 
-def _checksum(file: Any, start: int, described: Mapping[str, Any]) -> int:
-    first, last = described["data_offsets"]
-    file.seek(start)
-    crc, left = 0, last - first
-    while left and (block := file.read(min(READ_BLOCK, left))):
-        crc, left = crc32c(block, crc), left - len(block)
-    return crc
+        size = int.from_bytes(read(8), "little")
+        header = json.loads(read(min(size, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = described["data_offsets"]
+            if first != end:
+                raise ValueError(f"{name} does not begin where the tensor before it ends")
+            crc, left, end = 0, last - first, last
+            while left and (block := read(min(READ_BLOCK, left))):
+                crc, left = crc32c(block, crc), left - len(block)
+            found[name] = crc
+        if read(1):
+            raise ValueError("something follows its tensors")
+    return found, whole.hexdigest()
 
 
 def _write_header(file: Any, planned: Mapping[str, Tensor]) -> dict[str, int]:

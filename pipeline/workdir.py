@@ -16,7 +16,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def produce(
     module: str,
     settings: dict[str, Any],
     inputs: dict[str, str],
-    compute: Callable[[Path], None],
+    compute: Callable[[Path], Mapping[str, str] | None],
     lock_wait_s: float,
     scratch: Path | None = None,
     published: bool = True,
@@ -54,7 +54,8 @@ def produce(
         module: dotted name of the stage's module: the code that the fingerprint covers.
         settings: every configuration value that the stage reads.
         inputs: digest of everything that it reads, by name.
-        compute: fills the folder that it is given; finds there what an interrupted call left.
+        compute: fills the folder that it is given; finds there what an interrupted call left. May
+            return the SHA-256 of files, by name, that it has read since it wrote them.
         scratch: root of the work folders, `scratch_root()` unless given.
         published: false leaves `out` alone; a later call finds the work done.
         elsewhere: raises `ArtifactError` where what finished work keeps elsewhere is not sound.
@@ -72,9 +73,10 @@ def produce(
             print(f"{out}: found complete in {work.folder}", flush=True)
         else:
             began = time.monotonic()
-            if _compute(compute, work):
+            anew, known = _compute(compute, work)
+            if anew:
                 computed[work.unit] = time.monotonic() - began
-            write_manifest(work.folder, work.identity)
+            write_manifest(work.folder, work.identity, known)
         if not published:
             return work.folder
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,21 +161,22 @@ computed: dict[str, float] = {}
 """Unit -> seconds of what this process computed from beginning to end; see `measured.py`."""
 
 
-def _compute(compute: Callable[[Path], None], work: Work) -> bool:
+def _compute(
+    compute: Callable[[Path], Mapping[str, str] | None], work: Work
+) -> tuple[bool, Mapping[str, str] | None]:
     """Run `compute`; what the machine lacks becomes a `ResourceError` that names the unit.
 
-    Returns whether it began anew.
+    Returns whether it began anew, and what `compute` does.
     """
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
         anew = not any(work.folder.iterdir())
-        compute(work.folder)
+        return anew, compute(work.folder)
     except Exception as error:
         refused = preflight.refusal(error, f"{work.unit} is not finished, what it had done is kept")
         if refused is None:
             raise
         raise refused from error
-    return anew
 
 
 def publish(work: Path, out: Path) -> None:

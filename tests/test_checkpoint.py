@@ -22,7 +22,7 @@ from test_start import DYNAMIC
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from pipeline import artifacts, budget, checkpoint, dense, durable, hosts, proof
+from pipeline import artifacts, budget, checkpoint, dense, durable, hosts, preflight, proof
 from pipeline.capture import capture_activations
 from pipeline.config import (
     CaptureConfig,
@@ -825,6 +825,33 @@ def test_convert_alone_writes_its_output_and_nothing_else(prepared: Folders, tmp
 
 
 @pytest.mark.slow
+def test_convert_alone_hashes_each_file_once_where_no_model_fits(
+    prepared: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is written is hashed by the proof, while it reads it."""
+    digest, hashed = artifacts.file_digest, []
+    monkeypatch.setattr(preflight, "free_memory", lambda: 0)
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: hashed.append(path) or digest(path))
+    alone_into(tmp_path / "sparse", prepared.layers, prepared.dense)
+    large = [path for path in hashed if path.suffix == ".safetensors"]
+    layers = [path / "layer.safetensors" for path in prepared.layer_folders().values()]
+    assert sorted(large) == sorted([prepared.dense / "model.safetensors", *layers])
+    monkeypatch.undo()
+    assert artifacts.verify(tmp_path / "sparse")["files"].keys() >= {"model.safetensors"}
+
+
+@pytest.mark.slow
+def test_convert_alone_refuses_weights_of_a_layer_that_are_damaged(
+    prepared: Folders, tmp_path: Path
+):
+    shutil.copytree(prepared.layers, tmp_path / "layers")
+    flip_a_weight(tmp_path / "layers" / "layer_1")
+    with pytest.raises(ArtifactError, match="layer_1"):
+        alone_into(tmp_path / "sparse", tmp_path / "layers", prepared.dense)
+    assert not (tmp_path / "sparse").exists()
+
+
+@pytest.mark.slow
 def test_convert_alone_publishes_nothing_that_is_over_the_tolerance(
     prepared: Folders, tmp_path: Path
 ):
@@ -878,8 +905,8 @@ def test_convert_alone_names_the_path_that_is_missing(name: str):
     assert refusal.value.remedy == f"add convert.{name}=..."
 
 
-def alone_into(output: Path, layers: Path) -> None:
-    cfg = ConvertConfig(dense=str(layers / "dense"), layers=str(layers), output=str(output))
+def alone_into(output: Path, layers: Path, source: Path = Path("dense")) -> None:
+    cfg = ConvertConfig(dense=str(source), layers=str(layers), output=str(output))
     convert_stage.run_alone(cfg, RuntimeConfig())
 
 

@@ -9,7 +9,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_checkpoint import CASES, SAMPLING, prepare, tiny
 
-from pipeline import proof, reload, sources, weights, workdir
+from pipeline import artifacts, proof, reload, sources, weights, workdir
 from pipeline.checkpoint import Conversion
 from pipeline.errors import ArtifactError
 
@@ -152,7 +152,8 @@ def test_prove_compares_logits_where_the_model_fits(
 ):
     model = conversion.put_into(tf.AutoModelForCausalLM.from_pretrained(conversion.source))
     with proof.FreshProcess() as fresh:
-        proof.prove(fresh, written, {}, lambda: model.eval(), 64, 1e-4, free=10**9)
+        read = proof.prove(fresh, written, {}, lambda: model.eval(), 64, 1e-4, free=10**9)
+    assert read == {}
     told = capsys.readouterr().out
     assert "the logits of a fresh process" in told and "largest logit difference" in told
     with torch.no_grad():
@@ -169,7 +170,8 @@ def test_prove_builds_no_model_where_none_fits_and_says_so(
     needed = 1.5 * 4 * sum(t.numel() for t in conversion.planned().values())
     with proof.FreshProcess() as fresh:
         free = round(needed) - 1
-        proof.prove(fresh, written, checksums(written), not_called, 64, 1e-4, free=free)
+        read = proof.prove(fresh, written, checksums(written), not_called, 64, 1e-4, free=free)
+    assert read == {p.name: artifacts.file_digest(p) for p in written.glob("*.safetensors")}
     assert "every tensor as it was written, and no logits" in capsys.readouterr().out
     with proof.FreshProcess() as fresh, pytest.raises(AssertionError, match="was built"):
         proof.prove(fresh, written, {}, not_called, 64, 1e-4, free=round(needed) + 1)
@@ -177,7 +179,7 @@ def test_prove_builds_no_model_where_none_fits_and_says_so(
 
 def checksums(folder: Path) -> dict[str, int]:
     files = folder.glob("*.safetensors")
-    return {name: crc for path in files for name, crc in weights.checksums(path).items()}
+    return {name: crc for path in files for name, crc in weights.checksums(path)[0].items()}
 
 
 @pytest.mark.parametrize("wrong", ["values", "left over", "missing", "no header", "short"])
@@ -187,7 +189,7 @@ def test_compare_tensors_refuses_what_was_not_written(
     written = conversion.write(tmp_path / "sparse", "20KB")
     files = sorted((tmp_path / "sparse").glob("*.safetensors"))
     proof.compare_tensors(files, written)
-    path = next(p for p in files if "model.norm.weight" in weights.checksums(p))
+    path = next(p for p in files if "model.norm.weight" in weights.checksums(p)[0])
     named, content = r"model\.norm\.weight", load_file(path)
     if wrong == "values":
         content["model.norm.weight"] = content["model.norm.weight"].roll(1)

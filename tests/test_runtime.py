@@ -13,7 +13,7 @@ import test_capture
 import torch
 
 import pipeline
-from pipeline import preflight, runtime
+from pipeline import cgroups, preflight, runtime
 from pipeline.config import Device, Dtype, MoEConfig, RuntimeConfig, TrainConfig
 from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, ConfigError, ResourceError
@@ -97,7 +97,8 @@ def test_without_the_calls_of_linux_the_machine_is_asked_otherwise(
     """As on macOS: no affinity, no AMX query in torch, no /proc."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    monkeypatch.setattr(preflight, "Path", lambda name: tmp_path / name.lstrip("/"))
+    for module in (preflight, cgroups):
+        monkeypatch.setattr(module, "Path", lambda name: tmp_path / name.lstrip("/"))
     assert runtime.cores() == os.cpu_count()
     assert runtime.has_bf16_units() is False
     assert preflight.free_memory() is None

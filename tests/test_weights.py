@@ -1,6 +1,7 @@
 """Weights go from file to file one by one, and arrive as they were."""
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_write_gives_files_that_safetensors_reads_equal(tmp_path: Path, size: st
     given = reversed(list(MIXED.items()))
     written = weights.write(tmp_path, planned(MIXED), given, size)
     files = list(tmp_path.glob("*.safetensors"))
-    read = {name: crc for path in files for name, crc in weights.checksums(path).items()}
+    read = {name: crc for path in files for name, crc in weights.checksums(path)[0].items()}
     assert written == read and written.keys() == MIXED.keys()
     found = {name: tensor for path in files for name, tensor in load_file(path).items()}
     assert found.keys() == MIXED.keys()
@@ -53,6 +54,25 @@ def test_write_gives_files_that_safetensors_reads_equal(tmp_path: Path, size: st
         assert set(index["weight_map"].values()) == {path.name for path in files}
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in MIXED.values())
         assert len(files) > 2
+
+
+def test_checksums_are_of_every_byte(tmp_path: Path):
+    weights.write(tmp_path, planned(MIXED), MIXED.items(), "1GB")
+    path = tmp_path / weights.SINGLE
+    assert weights.checksums(path)[1] == hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="follows its tensors"):
+        weights.checksums(path)
+
+
+def test_checksums_refuse_a_gap_between_tensors(tmp_path: Path):
+    wide = {"dtype": "U8", "shape": [1]}
+    header = {"a": {**wide, "data_offsets": [0, 1]}, "b": {**wide, "data_offsets": [2, 3]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+    with pytest.raises(ValueError, match="b does not begin"):
+        weights.checksums(tmp_path / "a")
 
 
 def test_write_holds_one_tensor_at_a_time(tmp_path: Path):

@@ -68,12 +68,32 @@ def test_an_interrupted_computation_publishes_nothing_and_finds_its_folder_again
     assert seen == ["half"]
 
 
+def test_what_was_read_since_it_was_written_is_not_read_again(out: Path, monkeypatch):
+    digest, hashed = artifacts.file_digest, []
+
+    def known(folder: Path) -> dict[str, str]:
+        for name in ("large", "small"):
+            (folder / name).write_text(name)
+        return {"large": digest(folder / "large")}
+
+    monkeypatch.setattr(artifacts, "file_digest", lambda p: hashed.append(p.name) or digest(p))
+    produce(out, known)
+    assert hashed == ["small"]
+    assert artifacts.verify(out)["files"].keys() == {"large", "small"}
+    with pytest.raises(AssertionError, match="of no file"):
+        produce(out, lambda _: {"absent": "0" * 64}, settings={"seed": 1})
+
+
 def test_publishing_replaces_and_never_edits(out: Path):
     produce(out)
     before = (out / "a.txt").stat().st_ino
     kept = out.parent.parent / "kept"
     os.link(out / "a.txt", kept)
-    produce(out, lambda folder: (folder / "a.txt").write_text("other"), settings={"seed": 2})
+
+    def other(folder: Path) -> None:
+        (folder / "a.txt").write_text("other")
+
+    produce(out, other, settings={"seed": 2})
     assert (out / "a.txt").read_text() == "other" and kept.read_text() == "content"
     assert (out / "a.txt").stat().st_ino != before
 
@@ -95,6 +115,18 @@ def test_verify_names_the_damaged_file(out: Path, damage: str):
         target.write_text("foreign")
     with pytest.raises(ArtifactError, match=target.name):
         artifacts.verify(Path("copy"))
+
+
+def test_what_is_left_to_its_reader_is_not_read_and_has_to_be_there(out: Path):
+    produce(out)
+    known = artifacts.digest(out)
+    (out / "a.txt").write_text("other")
+    assert artifacts.digest(out, but=["a.txt"]) == known
+    with pytest.raises(ArtifactError, match=r"a\.txt"):
+        artifacts.digest(out)
+    (out / "a.txt").unlink()
+    with pytest.raises(ArtifactError, match=r"a\.txt: it is missing"):
+        artifacts.digest(out, but=["a.txt"])
 
 
 def test_damaged_finished_work_is_computed_again(out: Path):

@@ -16,6 +16,8 @@ Run:    python -m pipeline.stages.convert [key=value ...]
 
 import json
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import artifacts, command, lineage, record, sources, workdir
@@ -40,18 +42,18 @@ def run(cfg: Config) -> None:
         "dense": artifacts.digest(DENSE),
         "healed": artifacts.digest(HEAL),
         "tokens": artifacts.digest(TOKENS),
-        **{f"layer_{k}": artifacts.digest(folder) for k, folder in layers.items()},
+        **_of_layers(layers),
     }
     described, licence = record.read(DENSE), _licence(cfg.model)
     lineage.check(cfg, [DENSE, TOKENS, HEAL, *layers.values()])
     if all(path.parent == TRAIN for path in layers.values()):
         lineage.check_inputs(inputs, {"heal": HEAL})
 
-    def compute(folder: Path) -> None:
+    def compute(folder: Path) -> dict[str, str]:
         from pipeline import assembly, card, checkpoint
 
         source, revision = record.source(cfg.model, DENSE)
-        checkpoint.assemble(
+        written = checkpoint.assemble(
             source,
             layers,
             folder,
@@ -75,6 +77,7 @@ def run(cfg: Config) -> None:
             licence=licence,
             manifests=manifests,
         )
+        return written
 
     workdir.produce(
         CONVERT,
@@ -99,8 +102,10 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     assert cfg.dense and cfg.layers and cfg.output
     source, output = cfg.dense, Path(cfg.output).absolute()
     _check_output(output)
-    from pipeline import assembly, card, checkpoint
-    from pipeline.layers import layer_folders
+    with ThreadPoolExecutor(1) as thread:  # importing transformers takes seconds
+        hashed = thread.submit(_digests, source)
+        from pipeline import assembly, card, checkpoint
+        from pipeline.layers import layer_folders
 
     given = Path(cfg.layers)
     folders, norms = layer_folders(given), given / assembly.NORMS
@@ -108,10 +113,10 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     if norms.exists() and (given / artifacts.MANIFEST).exists():
         artifacts.verify(given, assembly.NORMS)
     healed = {"norms": artifacts.file_digest(norms)} if norms.exists() else {}
-    digests, licence = _digests(source), card.licence(source, cfg.revision)
+    digests, licence = hashed.result(), card.licence(source, cfg.revision)
 
-    def compute(folder: Path) -> None:
-        checkpoint.assemble(
+    def compute(folder: Path) -> dict[str, str]:
+        written = checkpoint.assemble(
             source,
             folders,
             folder,
@@ -129,6 +134,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             licence=licence,
             manifests={f"train_{k}": artifacts.read_manifest(path) for k, path in folders.items()},
         )
+        return written
 
     scratch = output.parent / f".{output.name}.scratch"
     workdir.produce(
@@ -139,7 +145,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
             "dense": " ".join(map(":".join, digests.items())) or f"{source}@{cfg.revision}",
             **healed,
             **_of_card(licence),
-            **{f"layer_{k}": artifacts.digest(folder) for k, folder in folders.items()},
+            **_of_layers(folders),
         },
         compute=compute,
         lock_wait_s=how.lock_wait_s,
@@ -167,7 +173,15 @@ def _digests(source: str) -> dict[str, str]:
     if not Path(source).is_dir():
         return {}
     files = sorted(p for p in Path(source).iterdir() if p.is_file())
-    return {p.name: artifacts.file_digest(p) for p in files}
+    names = [path.name for path in files]
+    return dict(zip(names, artifacts.file_digests(files), strict=True))
+
+
+def _of_layers(folders: Mapping[int, Path]) -> dict[str, str]:
+    """Digests of the layers; their weights are checked when they are read for the checkpoint."""
+    return {
+        f"layer_{k}": artifacts.digest(path, but=[record.WEIGHTS]) for k, path in folders.items()
+    }
 
 
 def _licence(model: ModelConfig) -> dict[str, str]:
