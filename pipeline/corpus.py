@@ -200,7 +200,8 @@ def pack(
         InputError: there is less than one block.
     """
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    frame = 2 if cls is not None and sep is not None else 0
+    ids = tokenizer("a")["input_ids"]  # a causal model's may know both, and put neither
+    frame = 2 if None not in (cls, sep) and (ids[0], ids[-1]) == (cls, sep) else 0
     ends = [i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None]
     separator = [] if frame else ends[:1]
     stream: list[int] = []

@@ -10,6 +10,7 @@ Shapes: N texts, S tokens of each, D d_model.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,7 +92,7 @@ def figures(texts: dict[str, EmbeddingMatch]) -> dict[str, dict[str, float]]:
     return {
         "embedding_cosine": {n: float(t.cosine_N.mean()) for n, t in texts.items()},
         "embedding_cosine_p5": {
-            n: float(t.cosine_N.double().quantile(0.05)) for n, t in texts.items()
+            n: float(np.quantile(t.cosine_N.double(), 0.05)) for n, t in texts.items()
         },
         "neighbour_agreement": {n: t.neighbour_agreement for n, t in texts.items()},
         "neighbour_overlap": {n: t.neighbour_overlap for n, t in texts.items()},

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,7 +130,7 @@ def layer_metrics(
     return {
         "mse": float(error_T.mean()) / reader.d_model,
         **ratios,
-        "cosine_sim_p5": float(cosine_T[real_T].quantile(0.05)) if real_T.any() else None,
+        "cosine_sim_p5": float(np.quantile(cosine_T[real_T], 0.05)) if real_T.any() else None,
         "verdict": _verdict(ratios["cosine_sim"]),
         "first_token": _ratios(error_T[first_T], power_T[first_T], cosine_T[first_T]),
         "active_ffn_fraction": _active_ffn_fraction(taken_TE, moe.shape),

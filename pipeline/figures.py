@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from pipeline import embeddings
 from pipeline.comparison import TextLoss, Texts
 from pipeline.controls import gap_recovery
@@ -99,7 +101,7 @@ def _closeness(texts: Texts) -> dict[str, Any]:
         "perplexity_ratio": {n: t.perplexity[1] / t.perplexity[0] for n, t in losses.items()},
         "kl": {
             "mean": float(heldout.kl.mean()),
-            "p99": float(heldout.kl.quantile(0.99)),
+            "p99": float(np.quantile(heldout.kl.numpy(), 0.99)),
             "by_text": {name: float(text.kl.mean()) for name, text in losses.items()},
         },
         "top1_agreement": heldout.top1_agreement,

@@ -45,11 +45,13 @@ class Fit:
     layer: int
     moe: SparseMoE
     optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
     losses: ExpertLosses
     dynamic: DynamicConfig
     seed: int
     total: int  # steps
     router_held: bool
+    tied: int  # experts in a row that share their router row
     best: dict[str, Tensor]
     best_shape: MoEShape
     step: int = 0
@@ -86,6 +88,7 @@ class Fit:
 
     def save(self, path: Path) -> None:
         kept = {name: getattr(self, name) for name in KEPT}
+        kept["scaler"] = self.scaler.state_dict()
         kept["shapes"] = [asdict(self.moe.shape), asdict(self.best_shape)]
         losses = {"sum": self.losses.sum_E, "count": self.losses.count_E}
         states = {"model": self.moe.state_dict(), "best": self.best, "losses": losses}
@@ -95,6 +98,7 @@ class Fit:
         states, kept = resume.restore(path, self.optimizer)
         for name in KEPT:
             setattr(self, name, kept[name])
+        self.scaler.load_state_dict(kept["scaler"])
         shape, self.best_shape = (MoEShape(**shape) for shape in kept["shapes"])
         self.moe.adopt(shape, states["model"])
         self.best = states["best"]

@@ -43,7 +43,7 @@ from pipeline.loggers import Log, no_log
 from pipeline.moe import SparseMoE
 from pipeline.progress import Progress, silent
 from pipeline.router import Routing, load_balance_loss, router_z_loss, thresholds
-from pipeline.runtime import tell
+from pipeline.runtime import loss_scaler, tell
 
 
 class RoutedMoE(nn.Module):
@@ -54,6 +54,8 @@ class RoutedMoE(nn.Module):
     def __init__(self, moe: SparseMoE) -> None:
         super().__init__()
         self.moe = moe
+        groups = moe.shape.groups
+        self.tied = groups if moe.router.has_equal_rows(groups) else 1
 
     def forward(self, x: Tensor) -> Tensor:
         y, self.routing = self.moe.forward_routed(x)
@@ -69,6 +71,7 @@ class Healing:
     layers: dict[int, RoutedMoE]
     norms: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
     cfg: HealConfig
     balance_bias_rate: float
     dtype: torch.dtype
@@ -203,7 +206,9 @@ def _begin(
         layers[k] = RoutedMoE(moe)
         sparse.set_submodule(paths[k], layers[k])
     norms = _own_norms(sparse) if cfg.train_norms else {}
-    routers = [p for moe in moes.values() if _is_weighing(moe) for p in moe.router.parameters()]
+    # To others the divergence has nothing to tell, and the balance terms alone would only spoil
+    # what `train` found.
+    routers = [p for moe in moes.values() if moe.shape.weighs for p in moe.router.parameters()]
     experts = [
         p
         for moe in moes.values()
@@ -219,17 +224,10 @@ def _begin(
     optimizer = torch.optim.AdamW(
         groups, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True
     )
-    return Healing(model, sparse, layers, norms, optimizer, cfg, balance_bias_rate, dtype, total)
-
-
-def _is_weighing(moe: SparseMoE) -> bool:
-    """Whether the output depends on the router's logits beyond who is chosen.
-
-    The share of a single expert in itself is 1: the divergence has nothing to tell its router, and
-    the balance terms alone would only spoil what `train` found.
-    """
-    shape = moe.shape
-    return shape.top_k > 1 or shape.routing == "expert_choice" or shape.router_function == "softmax"
+    scaler = loss_scaler(model.device, dtype)
+    return Healing(
+        model, sparse, layers, norms, optimizer, scaler, cfg, balance_bias_rate, dtype, total
+    )
 
 
 def _own_norms(sparse: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -275,17 +273,21 @@ def _step(healing: Healing, batch: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         wanted = healing.logits(healing.dense, batch)
     kl = divergence(wanted, healing.logits(healing.sparse, batch)).mean()
-    routings = [layer.routing for layer in layers if _is_weighing(layer.moe)]
+    routings = [layer.routing for layer in layers if layer.moe.shape.weighs]
     none = kl.new_zeros(())
     balance = cfg.load_balance_coef * sum(map(load_balance_loss, routings), none)
     z = cfg.router_z_coef * sum(map(router_z_loss, routings), none)
     loss = kl + balance + z
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    healing.scaler.scale(loss).backward()
+    healing.scaler.unscale_(optimizer)
+    for layer in layers:
+        layer.moe.router.share_gradient(layer.tied)
     if cfg.grad_clip:
         learning = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(learning, cfg.grad_clip)
-    optimizer.step()
+    healing.scaler.step(optimizer)
+    healing.scaler.update()
     healing.step += 1
     for layer in layers:
         if layer.moe.shape.balance_bias:
@@ -361,6 +363,7 @@ KEPT = ("step", "best_step", "best_kl", "history")
 
 def _save(healing: Healing, path: Path) -> None:
     kept = {name: getattr(healing, name) for name in KEPT}
+    kept["scaler"] = healing.scaler.state_dict()
     states = {"model": healing.state(), "best": healing.best}
     resume.save(path, states, healing.optimizer, kept)
 
@@ -369,6 +372,7 @@ def _restore(healing: Healing, path: Path) -> None:
     states, kept = resume.restore(path, healing.optimizer)
     for name in KEPT:
         setattr(healing, name, kept[name])
+    healing.scaler.load_state_dict(kept["scaler"])
     healing.load(states["model"])
     healing.best = states["best"]
 

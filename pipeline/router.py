@@ -58,6 +58,25 @@ class Router(nn.Module):
         return logits_TE
 
     @torch.no_grad()
+    def share_gradient(self, slices: int) -> None:
+        """Give each run of `slices` experts the mean of their rows' gradients: equal rows stay so.
+
+        With `moe.virtual_groups` such a run are the slices of one replica, chosen together.
+        """
+        for name, rows in self.named_parameters():
+            if slices > 1 and rows.grad is not None and name != "hidden_proj":
+                runs_RSD = rows.grad.unflatten(0, (-1, slices))
+                runs_RSD.copy_(runs_RSD.mean(dim=1, keepdim=True))
+
+    def has_equal_rows(self, slices: int) -> bool:
+        """Whether the experts of each run of `slices` have one router row, and runs differ."""
+        if len(self.weight) % slices:
+            return False
+        rows_RSD = self.weight.unflatten(0, (-1, slices))
+        alike = bool((rows_RSD == rows_RSD[:, :1]).all())
+        return alike and not bool((self.weight == self.weight[:1]).all())
+
+    @torch.no_grad()
     def adjust_balance_bias(self, routing: "TokenChoice | ExpertChoice", rate: float) -> None:
         """Raise the bias of experts below the mean load of this batch, lower that of the others."""
         load_E = routing.taken_TE().sum(dim=0).float()

@@ -158,6 +158,13 @@ def pick_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
     return chosen
 
 
+def loss_scaler(device: "torch.device", dtype: "torch.dtype") -> "torch.amp.GradScaler":
+    """Keeps the gradients of products in float16 from vanishing; does nothing in other dtypes."""
+    import torch
+
+    return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
 def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AMX), by its feature flags."""
     import torch

@@ -76,6 +76,15 @@ class MoEShape:
         return self.n_experts // self.n_specialists * self.d_ff_expert
 
     @property
+    def weighs(self) -> bool:
+        """Whether the output depends on the router's logits beyond who is chosen.
+
+        The share of a single expert in itself is 1.
+        """
+        alone = self.top_k == 1 and self.routing == "token_choice"
+        return not alone or self.router_function == "softmax"
+
+    @property
     def expert_parameters(self) -> float:
         """Of one expert; their mean where widths differ."""
         return sum(map(self._ffn_parameters, self.widths)) / self.n_experts

@@ -145,6 +145,8 @@ def prune(normal: Normal, prior_ND: Tensor, may_go_N: Tensor, keep: int) -> Tens
     """
     gram_NN = normal.gram_NN
     strength = PRUNING_RIDGE * gram_NN.diagonal().mean()
+    if strength == 0:  # no feature is ever active
+        return may_go_N.nonzero()[:keep, 0]
     held_NN = gram_NN.clone()
     held_NN.diagonal().add_(strength)
     inverse_NN = torch.cholesky_inverse(torch.linalg.cholesky(held_NN))

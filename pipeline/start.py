@@ -160,6 +160,11 @@ def _weights(
     return {**shared, **experts, "router.weight": router}
 
 
+def has_ridge(init: str, cfg: MoEConfig) -> bool:
+    """Whether a start that is no specialists' has its router fitted."""
+    return init != "random" and cfg.router_init is RouterInit.ridge
+
+
 @torch.no_grad()
 def start_router(
     ffn: DenseFFN,

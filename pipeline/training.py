@@ -6,9 +6,9 @@ makes a layer worse; after `train.patience` validations without a better one it 
 goes on from its last checkpoint, bit for bit on a CPU: weights, optimizer, best state, history and
 the position in the shuffled rows (a function of seed and step).
 
-A specialist start with one expert per token brings a finished router, whose weights are always 1:
-the output tells it nothing, and balance alone would pull it away from what it was fitted to. It is
-held still, and its two terms are 0.
+With one expert per token a router's weights are always 1: the output tells it nothing, and balance
+alone would pull it away from what it was fitted to. Where the start has fitted it, it is held still
+and its two terms are 0; a balance bias is not a part of that, and moves.
 
 `begin` and `step` are the loop's two halves, for who brings the batches along.
 """
@@ -35,8 +35,8 @@ from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.progress import Progress, silent
 from pipeline.reallocation import ExpertLosses, plan_widths, resize_experts
 from pipeline.router import load_balance_loss, router_z_loss, routing_statistics
-from pipeline.runtime import tell
-from pipeline.start import start_layer
+from pipeline.runtime import loss_scaler, tell
+from pipeline.start import has_ridge, start_layer
 from pipeline.synthetic import SyntheticRows
 
 if TYPE_CHECKING:
@@ -192,14 +192,16 @@ def begin(
         moe = copy.deepcopy(start).to(device)
     kernel = objective.cfg.kernel.name
     moe.kernel, reason = pick_kernel(device.type, objective.dtype, moe.shape, kernel)
-    alone = moe.shape.routing == "token_choice" and moe.shape.top_k == 1
-    held = plan["init"] == "specialist" and alone
+    fitted = plan["init"] == "specialist" or has_ridge(plan["init"], moe_cfg)
+    held = fitted and not moe.shape.weighs
     tell(f"kernel of layer {layer}", moe.kernel, reason)
     fit = Fit(
         layer=layer,
         moe=moe,
         optimizer=_optimizer(moe, objective.cfg, held),
+        scaler=loss_scaler(device, objective.dtype),
         router_held=held,
+        tied=moe.shape.groups if moe_cfg.virtual_groups else 1,
         losses=ExpertLosses(moe.shape.n_experts, device),
         dynamic=moe_cfg.dynamic,
         seed=seed,
@@ -345,10 +347,13 @@ def step(
     z = learns * cfg.router_z_coef * router_z_loss(routing)
     loss = mse + cosine + balance + z
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    fit.scaler.scale(loss).backward()
+    fit.scaler.unscale_(optimizer)
+    fit.moe.router.share_gradient(fit.tied)
     if cfg.grad_clip:
         torch.nn.utils.clip_grad_norm_(fit.moe.parameters(), cfg.grad_clip)
-    optimizer.step()
+    fit.scaler.step(optimizer)
+    fit.scaler.update()
     fit.step += 1
     if fit.moe.shape.balance_bias:
         fit.moe.router.adjust_balance_bias(routing, cfg.balance_bias_rate)

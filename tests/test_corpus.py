@@ -211,8 +211,11 @@ class Words:
     def __init__(self, eos: int | None, bos: int | None, *frame: int) -> None:
         self.eos_token_id, self.bos_token_id = eos, bos
         self.cls_token_id, self.sep_token_id = frame or (None, None)
+        self.bare = not frame
 
-    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: str | list[str], **_: object) -> dict[str, list]:
+        if isinstance(texts, str):
+            return {"input_ids": [7] if self.bare else [self.cls_token_id, 7, self.sep_token_id]}
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
 
@@ -250,6 +253,13 @@ def test_pack_frames_each_block_where_the_tokenizer_frames_its_texts():
     blocks = corpus.pack(encoder, texts, 4)  # type: ignore[arg-type]
     assert blocks.tolist() == [[101, 5, 6, 102], [101, 7, 8, 102], [101, 9, 10, 102]]
     assert corpus.pack(encoder, texts, 4, 11).tolist() == blocks[:2].tolist()  # type: ignore[arg-type]
+
+
+def test_pack_frames_nothing_where_a_causal_tokenizer_only_knows_both_tokens():
+    causal = Words(0, 1, 101, 102)
+    causal.bare = True
+    blocks = corpus.pack(causal, numbers("5 6", "7"), 5)  # type: ignore[arg-type]
+    assert blocks.tolist() == [[5, 6, 0, 7, 0]]
 
 
 @pytest.mark.parametrize(("words", "read"), [(3, 96), (1000, 1)])

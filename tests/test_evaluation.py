@@ -504,6 +504,15 @@ def test_active_fractions_are_those_that_were_measured_weighted_by_width():
     assert found["active_flops_fraction"] == pytest.approx((24 + 16 + 2 * 4 / 3) / (32 + 64))
 
 
+def test_the_tail_of_more_tokens_than_torch_takes_for_a_quantile_is_found():
+    """It refuses more than 2**24."""
+    kl = torch.zeros(2**24 + 100)
+    kl[: len(kl) // 50] = 1.0
+    texts = {"heldout": replace(text(), kl=kl), "shifted": text()}
+    counts = {"dense_parameters": 100, "sparse_parameters": 10**6}
+    assert model_figures({0: judged()}, {0: SHAPE}, texts, **counts)["kl"]["p99"] == 1.0
+
+
 def test_figures_name_each_text_side_and_layer():
     layers = {0: judged(verdict="good"), 10: judged(cosine_sim=0.5, relative_mse=0.6)}
     found = figures(layers, {0: SHAPE, 10: SHAPE})

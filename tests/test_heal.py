@@ -283,6 +283,28 @@ def test_the_router_of_one_expert_per_token_stays(model, tmp_path):
     assert terms == {0.0}
 
 
+def test_slices_of_a_replica_go_on_sharing_their_router_row(model, tmp_path):
+    """Of halves of the FFN, four times each."""
+    generator = torch.Generator().manual_seed(0)
+    trained = write_layers(model, tmp_path / "train", n_experts=2)
+    for path in trained.values():
+        one, record = load_layer(path)
+        moe = SparseMoE(dataclasses.replace(one.shape, n_experts=8, top_k=2))
+        experts = {n: t.repeat(4, 1, 1) for n, t in one.state_dict().items() if t.dim() == 3}
+        rows = torch.randn(4, moe.shape.d_model, generator=generator).repeat_interleave(2, dim=0)
+        worse = {
+            n: t + t.std() * torch.randn(t.shape, generator=generator) for n, t in experts.items()
+        }
+        moe.load_state_dict({**worse, "router.weight": rows})
+        save_layer(moe, path, record)
+    out = healed(model, trained, tmp_path / "heal")
+    for k, path in trained.items():
+        before, after = load_file(path / "layer.safetensors"), tensors_of(out, k)
+        rows_RSD = after["router.weight"].unflatten(0, (4, 2))
+        assert torch.equal(rows_RSD[:, 0], rows_RSD[:, 1])
+        assert not torch.equal(after["router.weight"], before["router.weight"])
+
+
 def test_dropout_of_the_dense_model_is_off(tmp_path):
     """One expert that is the whole FFN: any difference of the two models would be noise."""
     sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
@@ -404,6 +426,7 @@ def outcome(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tenso
         {"evaluate_every": 5},
         {"seed": 1},
         {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -96,6 +96,18 @@ def test_one_specialist_is_a_pruned_and_refitted_ffn(gated, bias):
 
 
 @families
+def test_an_ffn_none_of_whose_neurons_is_active_has_a_start(gated, bias):
+    dense = dense_ffn(gated, bias)
+    dead = {"up_proj": torch.zeros_like(dense.up_proj)}
+    dead |= {"up_bias": torch.zeros_like(dense.up_bias)} if dense.up_bias is not None else {}
+    dense = replace(dense, **dead)
+    rows = rows_of(dense)
+    for n_experts in (1, 4):
+        moe = start(dense, shape_of(dense, F // 2, n_experts), rows)
+        assert torch.isfinite(moe(rows.read("validation")[0])).all()
+
+
+@families
 def test_more_specialists_serve_better(gated, bias):
     dense = dense_ffn(gated, bias)
     rows = rows_of(dense)

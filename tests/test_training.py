@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from test_start import PLAIN as RIDGE
 from test_start import D, F, dense_ffn, plan_of, write_store
 from torch import Tensor
 
+from pipeline import training
 from pipeline.config import Dtype, Kernel, MoEConfig, RouterInit, Schedule, TrainConfig
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
@@ -21,7 +23,7 @@ from pipeline.record import WEIGHTS
 from pipeline.resume import CHECKPOINT
 from pipeline.start import start_layer
 from pipeline.store import LayerReader
-from pipeline.training import Objective, fit_layer, rate
+from pipeline.training import Objective, fit_layer, rate, step
 
 PLAIN = TrainConfig(
     epochs=2,
@@ -334,6 +336,40 @@ def test_training_in_bfloat16_keeps_float32_weights_and_learns_alike(stored, pla
     half, full = (column(folder, "validation_loss") for folder in (tmp_path, plain))
     assert half == pytest.approx(full, rel=0.1) and half[0] != full[0]
     assert half[-1] < 0.9 * half[0]
+
+
+def test_gradients_of_float16_products_do_not_vanish(tmp_path):
+    """Of a layer whose outputs are large: those by the output are below the least float16."""
+    ffn = dense_ffn()
+    ffn = replace(ffn, down_proj=1000 * ffn.down_proj)
+    reader = write_store(tmp_path / "layer_3.zarr", ffn)
+    plan = plan_of(ffn, F // 4, 8, 2)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        objective = Objective(reader, PLAIN, torch.device("cpu"), dtype)
+        one = training.begin(reader, ffn, plan, objective, moe_cfg=MOE, seed=0, total=1)
+        step(one, objective, *reader.read("train"))
+        found[dtype] = [p.grad.flatten() for p in one.moe.parameters() if p.grad is not None]
+    for half, full in zip(*found.values(), strict=True):
+        assert torch.nn.functional.cosine_similarity(half, full, dim=0) > 0.999
+
+
+def test_training_in_float16_resumes_bit_for_bit(stored, tmp_path, monkeypatch):
+    """With the scale of its loss, which falls in the first steps from what is far too much."""
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40)
+    monkeypatch.setattr(training, "loss_scaler", lambda *_: scaler())
+    fit(stored, tmp_path / "whole", dtype=torch.float16)
+
+    def progress(done: int, total: int, note: str) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stored, tmp_path / "killed", dtype=torch.float16, progress=progress)
+    fit(stored, tmp_path / "killed", dtype=torch.float16)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    losses = column(tmp_path / "whole", "validation_loss")
+    assert losses[0] == losses[1] > losses[-1], "steps were passed over at first"
 
 
 # The loss

@@ -296,6 +296,34 @@ def test_router_of_specialists_is_held_where_each_token_takes_one(stored, tmp_pa
     assert (set(column(tmp_path / "fitted", "load_balance")) == {0.0}) == held
 
 
+@pytest.mark.parametrize("router_init", [RouterInit.ridge, RouterInit.random])
+def test_fitted_router_of_other_starts_is_held_too(stored, tmp_path, router_init):
+    """One that nothing has fitted learns what the balance terms teach."""
+    moe_cfg = replace(MOE, router_init=router_init)
+    given = {"moe_cfg": moe_cfg, "init": "cluster", "shape": {"n_experts": 4, "top_k": 1}}
+    given |= {"load_balance_coef": 1.0}
+    start = fit(stored, tmp_path / "start", epochs=0, **given)
+    fit(stored, tmp_path / "fitted", **given)
+    held = router_init is RouterInit.ridge
+    assert (set(column(tmp_path / "fitted", "load_balance")) == {0.0}) == held
+    moe = load_layer(tmp_path / "fitted")[0]
+    assert torch.equal(moe.router.weight, start.router.weight) == held
+    assert not torch.equal(moe.down_proj, start.down_proj)
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_slices_of_a_replica_share_their_router_row_while_it_learns(stored, tmp_path, virtual):
+    moe_cfg = replace(MOE, virtual_groups=virtual, init_noise=0.1)
+    given = {"moe_cfg": moe_cfg, "shape": {"n_experts": 12, "top_k": 4}}
+    start = fit(stored, tmp_path / "start", epochs=0, **given)
+    moe = fit(stored, tmp_path / "fitted", **given)
+    rows_RSD = moe.router.weight.unflatten(0, (3, 4))
+    assert torch.equal(rows_RSD, rows_RSD[:, :1].expand_as(rows_RSD)) == virtual
+    assert not torch.equal(moe.router.weight, start.router.weight)
+    chosen = moe.route(stored[1].read("validation")[0]).expert_ids // 4
+    assert bool((chosen == chosen[:, :1]).all()) == virtual
+
+
 @pytest.mark.parametrize("static_control", [True, False])
 def test_stage_fits_the_static_control_where_it_is_asked_for(
     project, static_control: bool, stored: Stored
