@@ -18,7 +18,6 @@ with s the parameters of one sparse layer; its static control is counted beside 
 specialists solves least squares over the hidden activations: 2 F x F per row and round.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -347,11 +346,9 @@ def _evaluate(sizes: Sizes) -> Cost:
 
 
 def _bytes_of(text: str) -> int:
-    """`2GB` as a number; what is no size is refused where it is used."""
-    found = re.fullmatch(r"\s*(\d+)\s*([KMGT])B\s*", text, re.IGNORECASE)
-    if not found:
-        return 2 * 10**9
-    return int(found[1]) * 1000 ** ("KMGT".index(found[2].upper()) + 1)
+    """`2GB`, which `rules` has checked, as a number."""
+    number, unit = text.strip()[:-2], text.strip()[-2].upper()
+    return int(number) * 1000 ** ("KMGT".index(unit) + 1)
 
 
 def cost(

@@ -71,11 +71,14 @@ def load_model(
     model, info = loaded  # type: ignore[misc]
     wrong = {kind: info[kind] for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if wrong:
+        remedy = "fetch the model again: what is missing would be filled with random numbers"
+        if all("pooler" in str(key) for keys in wrong.values() for key in keys):
+            remedy = "give an encoder with its pooler: one that predicts masked tokens has none"
         raise InputError(
             "The dense model lacks weights.",
             value=f"{source}: " + "; ".join(f"{k} {sorted(map(str, v))}" for k, v in wrong.items()),
             rule="every tensor that the configuration asks for is there, in its shape",
-            remedy="fetch the model again: what is missing would be filled with random numbers",
+            remedy=remedy,
         )
     return model.eval() if device_map else model.eval().to(device)  # pyright: ignore
 

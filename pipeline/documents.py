@@ -56,6 +56,12 @@ def shifted_documents(cfg: DataConfig) -> Iterator[Document]:
     return source_documents()
 
 
+def local_files(cfg: DataConfig) -> list[Path]:
+    """Every file of this machine that those read, in their order; raises `InputError`."""
+    files = cfg.files if cfg.source is DataSource.files else []
+    return _expand([*files, *cfg.shifted_files])
+
+
 # The standard library
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -149,7 +155,11 @@ def file_documents(patterns: Iterable[str], text_column: str) -> Iterator[Docume
             # `datasets` cannot open a file of no bytes.
             rows = (
                 load_dataset(
-                    builder, data_files=str(path), split="train", streaming=True, **options
+                    builder,
+                    data_files=glob.escape(str(path)),
+                    split="train",
+                    streaming=True,
+                    **options,
                 )
                 if path.stat().st_size
                 else []
@@ -172,7 +182,8 @@ def _expand(patterns: Iterable[str]) -> list[Path]:
     found = []
     for pattern in patterns:
         # Path.glob takes no absolute pattern.
-        names = glob.glob(pattern, recursive=True)  # noqa: PTH207
+        literal = Path(pattern).is_file()  # a name may hold brackets
+        names = [pattern] if literal else glob.glob(pattern, recursive=True)  # noqa: PTH207
         matched = sorted(Path(name).absolute() for name in names)
         wrong = [path for path in matched if path.suffix not in BUILDERS or not path.is_file()]
         if wrong or not matched:
@@ -205,11 +216,14 @@ def _column(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
     for row in rows:
         text = row.get(column, 0)
         if text is not None and not isinstance(text, str):
+            found = f"columns {', '.join(sorted(row))}"
+            if column in row:
+                found = f"a value of type {type(text).__name__} there, among {found}"
             raise InputError(
                 "The data has no such column of text.",
-                value=f"data.text_column={column}; {name} has columns {', '.join(sorted(row))}",
+                value=f"data.text_column={column}; {name} has {found}",
                 rule="data.text_column names a column of strings",
-                remedy="set data.text_column to one of the columns that were seen",
+                remedy="set data.text_column to a column of strings, or write the texts as strings",
             )
         yield text or ""
 

@@ -157,6 +157,8 @@ def _seconds(costs: Mapping[str, Cost], root: Path, there: list[str]) -> dict[st
         try:
             sizes = sizes_of(then, outline.record_of(then, DENSE, online=False), on_gpu=False)
             before = cost.train_layer(sizes, int(layer)) if layer else cost.costs(sizes)[name]
+            if bool(before.flops) != bool(costs[name].flops):  # then it had another thing to do
+                continue
         except (PipelineError, KeyError):  # of a model that is gone
             continue
         sums = done.setdefault(name, [0.0, 0.0])

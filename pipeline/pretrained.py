@@ -25,7 +25,12 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; `InputError` when there is none."""
     check_source(source, revision, trust_remote_code)
-    with explained(source):
+    with explained(
+        source,
+        what="The dense model's tokenizer",
+        remedy="put its files (tokenizer.json, tokenizer_config.json) beside the model; "
+        "HF_HUB_OFFLINE=1 finds only what is cached",
+    ):
         return AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -107,7 +112,12 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def explained(source: str) -> Iterator[None]:
+def explained(
+    source: str,
+    what: str = "The dense model",
+    remedy: str = "check the name; a gated model needs `hf auth login` or HF_TOKEN; "
+    "HF_HUB_OFFLINE=1 finds only what is cached",
+) -> Iterator[None]:
     """transformers' many ways to fail on a missing, gated or malformed model, as one `InputError`.
 
     Whatever it raises: a configuration that is not what its class expects ends in any exception.
@@ -121,9 +131,8 @@ def explained(source: str) -> Iterator[None]:
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise InputError(
-            "The dense model cannot be loaded.",
+            f"{what} cannot be loaded.",
             value=f"{source}: {type(error).__name__}: {first.strip()[:300]}",
             rule="a hub id, or a folder with config.json, safetensors and a tokenizer",
-            remedy="check the name; a gated model needs `hf auth login` or HF_TOKEN; "
-            "HF_HUB_OFFLINE=1 finds only what is cached",
+            remedy=remedy,
         ) from None

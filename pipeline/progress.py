@@ -61,18 +61,20 @@ def is_live() -> bool:
 
 
 class Pace:
-    """Rate and remaining time of this run's own work."""
+    """Rate and remaining time of this run's own work, of the last pass where there are several."""
 
     def __init__(self, unit: str, tokens: int | None) -> None:
         self.unit, self.tokens = unit, tokens
         self._first: tuple[float, int] | None = None
+        self._done = 0
 
     def elapsed_s(self, now: float) -> float:
         return now - self._first[0] if self._first else 0.0
 
     def told(self, done: int, total: int, now: float) -> str:
-        if self._first is None:
+        if self._first is None or done < self._done:
             self._first = now, done
+        self._done = done
         own, elapsed = done - self._first[1], self.elapsed_s(now)
         if not own or not elapsed:
             return self.unit

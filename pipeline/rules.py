@@ -137,6 +137,9 @@ def validate(cfg: Config) -> None:
     if cfg.model.embedded:
         _check_heads(cfg.model.embedded)
     _check_source(cfg.data)
+    check_shard_size(cfg.convert.max_shard_size)
+    if cfg.model.device_map is not None:
+        _check_device_map(cfg.model.device_map)
     if cfg.convert.dense or cfg.convert.layers or cfg.convert.output:
         raise ConfigError(
             "The paths of a conversion on its own stand in the configuration.",
@@ -304,6 +307,28 @@ def check_store_url(url: str) -> None:
             rule="s3://bucket/prefix, gs://bucket/prefix or file:///folder; prefixes of letters, "
             "digits, '.', '_', '=', '+' and '-'",
             remedy="correct capture.store_url, or set it to null",
+        )
+
+
+def check_shard_size(size: str) -> None:
+    """Refuse what is no size of the checkpoint's files; raises `ConfigError`."""
+    if not re.fullmatch(r"\s*0*[1-9]\d*\s*[KMGT]B\s*", size, re.IGNORECASE):
+        raise ConfigError(
+            "The files cannot be split by this size.",
+            value=f"convert.max_shard_size={size}",
+            rule="a whole number, at least 1, and one of KB, MB, GB, TB",
+            remedy="for example convert.max_shard_size=2GB",
+        )
+
+
+def _check_device_map(name: str) -> None:
+    ways = ("auto", "balanced", "balanced_low_0", "sequential")
+    if name not in ways and not re.fullmatch(r"(cpu|cuda|mps|xpu|npu|hpu|mlu)(:\d+)?", name):
+        raise ConfigError(
+            "model.device_map names no way to place a model.",
+            value=name,
+            rule=f"{', '.join(ways)}, or a device such as cuda:1",
+            remedy="set model.device_map=auto, or null for one device",
         )
 
 

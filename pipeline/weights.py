@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from pipeline import artifacts, durable, preflight
-from pipeline.errors import ConfigError
+from pipeline import artifacts, durable, preflight, rules
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READ_BLOCK = 1 << 20  # bytes: stays in the cache between the read and its checksum
@@ -151,18 +150,11 @@ def write(
         ConfigError: `max_shard_size` is no size.
         ResourceError: there is no room for them.
     """
+    rules.check_shard_size(max_shard_size)
     pattern = "model{suffix}.safetensors"
-    try:
-        split = split_torch_state_dict_into_shards(
-            dict(planned), filename_pattern=pattern, max_shard_size=max_shard_size
-        )
-    except ValueError:
-        raise ConfigError(
-            "The files cannot be split by this size.",
-            value=f"convert.max_shard_size={max_shard_size}",
-            rule="a whole number and one of KB, MB, GB, TB",
-            remedy="for example convert.max_shard_size=2GB",
-        ) from None
+    split = split_torch_state_dict_into_shards(
+        dict(planned), filename_pattern=pattern, max_shard_size=max_shard_size
+    )
     here = [folder / name for name in split.filename_to_tensors]
     taken = sum(512 * p.stat().st_blocks for p in here if p.exists())  # by an interrupted call
     total = sum(t.numel() * t.itemsize for t in planned.values())

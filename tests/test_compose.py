@@ -115,6 +115,10 @@ def test_more_experts_per_token_than_experts_is_refused(project: Path):
         (["moe.routing=expert_choice", "moe.virtual_groups=true"], "moe.virtual_groups=true"),
         (["moe.dynamic.enabled=true", "moe.dynamic.min_d_ff=9000"], "min_d_ff=9000"),
         (["moe.dynamic.enabled=true", "moe.dynamic.max_d_ff=1001"], "max_d_ff=1001"),
+        (["convert.max_shard_size=lots"], "max_shard_size=lots"),
+        (["convert.max_shard_size=0GB"], "max_shard_size=0GB"),
+        (["convert.max_shard_size=-2GB"], "max_shard_size=-2GB"),
+        (["model.device_map=foo"], "foo"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(

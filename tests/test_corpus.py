@@ -187,6 +187,20 @@ def test_file_documents_refuse_what_holds_no_text(tmp_path: Path, name, content,
     assert seen in str(refusal.value.value)
 
 
+def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path: Path):
+    for name in ("a[1].txt", "b1.txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    names = [str(tmp_path / "a[1].txt"), str(tmp_path / "b[1].txt")]
+    assert [d.text for d in file_documents(names, "text")] == ["a[1].txt", "b1.txt"]
+
+
+@pytest.mark.parametrize(("value", "kind"), [(["a", "b"], "list"), (3, "int")])
+def test_a_column_that_is_no_text_is_refused_by_its_type(tmp_path: Path, value: object, kind: str):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}) + "\n")
+    with pytest.raises(InputError, match=f"a value of type {kind} there"):
+        list(file_documents([str(tmp_path / "a.jsonl")], "text"))
+
+
 def test_file_documents_refuse_a_pattern_that_matches_nothing(tmp_path: Path):
     with pytest.raises(InputError, match=r"\*\.txt"):
         list(file_documents([str(tmp_path / "*.txt")], "text"))

@@ -421,6 +421,18 @@ def test_measured_times_of_another_version_are_left_out(
     assert found["train-layer_1"][1] == compose.load(["experiment=pico"])
 
 
+@pytest.mark.parametrize(
+    ("stage", "asked"), [("heal", "heal.tokens=20000"), ("budget", "moe.budget.by=kl")]
+)
+def test_a_stage_that_had_nothing_to_compute_lends_no_time(
+    project: Path, monkeypatch: pytest.MonkeyPatch, stage: str, asked: str
+):
+    monkeypatch.setattr(workdir, "computed", {stage: 0.05})
+    measured.note(wide()[0])
+    assert make(*wide(), ROOMY).seconds.keys() == {stage}
+    assert make(*wide(asked), ROOMY).seconds == {}
+
+
 def test_only_what_was_computed_from_its_beginning_is_measured(project: Path):
     killed = True
 

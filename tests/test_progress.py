@@ -34,6 +34,17 @@ def test_progress_off_a_terminal_is_plain_lines_of_this_runs_own_pace(
     ]
 
 
+def test_each_of_several_passes_has_a_pace_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    clock(monkeypatch, *range(0, 60, 10))
+    with progress.shown("evaluate", "tokens") as report:
+        for done in (50, 100) * 3:
+            report(done, 100)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1::2] == ["evaluate: 100/100 tokens, 5.0 tokens/s"] * 3
+
+
 def test_steps_are_told_in_tokens_a_second(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

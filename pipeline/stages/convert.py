@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline import artifacts, command, lineage, record, sources, workdir
+from pipeline import artifacts, command, lineage, record, rules, sources, workdir
 from pipeline.config import Config, ConvertConfig, ModelConfig, RuntimeConfig, select
 from pipeline.errors import ConfigError
 from pipeline.stages import CONVERT, DENSE, HEAL, TOKENS, TRAIN, final_layers
@@ -102,6 +102,7 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
     assert cfg.dense and cfg.layers and cfg.output
     source, output = cfg.dense, Path(cfg.output).absolute()
     _check_output(output)
+    rules.check_shard_size(cfg.max_shard_size)
     with ThreadPoolExecutor(1) as thread:  # importing transformers takes seconds
         hashed = thread.submit(_digests, source)
         from pipeline import assembly, card, checkpoint

@@ -5,6 +5,7 @@ Writes: stages/tokens/{train,validation,heldout,shifted}.safetensors, tokens.jso
 Cost:   seconds per megabyte of text
 Run:    python -m pipeline.stages.tokens [key=value ...]
         python -m pipeline.stages.tokens data=files data.files=[notes/*.txt]
+DVC does not see local files of `data`: after one was edited, `dvc repro -f -s tokens`.
 """
 
 from pathlib import Path
@@ -17,10 +18,13 @@ PARAMS = ("data", "model.id", "model.trust_remote_code")
 
 
 def run(cfg: Config) -> None:
-    from pipeline import record
+    from pipeline import documents, record
 
     inputs = {"dense": artifacts.digest(DENSE)}
     lineage.check(cfg, [DENSE])
+    files = documents.local_files(cfg.data)
+    if files:  # another text under the same name is other work
+        inputs["text"] = artifacts.json_digest(list(artifacts.file_digests(files)))
 
     def compute(folder: Path) -> None:
         from pipeline import corpus, pretrained

@@ -37,6 +37,17 @@ def test_text_that_cannot_be_used_is_refused_with_what_was_seen(
     assert sorted((stand.root / "stages/tokens").iterdir()) == before
 
 
+def test_a_file_that_was_edited_is_read_again(stand: Stand):
+    """Its name and the settings are the same."""
+    path, made = stand.root / "text.txt", []
+    for word in ("one", "two", "one"):
+        path.write_text("".join(f"{word} {i} {i * i}\n" for i in range(9000)))
+        ended = stand.run("tokens", ["data=files", f"data.files=[{path}]"]).check(0)
+        made.append((stand.root / "stages/tokens/train.safetensors").read_bytes())
+    assert made[0] == made[2] != made[1]
+    assert "found complete" in ended.said
+
+
 def test_a_file_that_is_not_there_is_refused_by_its_whole_path(stand: Stand):
     ended = stand.run("tokens", ["data=files", "data.files=[none/*.txt]"]).check(3)
     assert str(stand.root / "none/*.txt") in ended.said
