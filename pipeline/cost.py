@@ -14,8 +14,9 @@ vocabulary, B tokens of a batch. Multiply and add are 2 FLOPs; a backward pass i
 | convert | S in the model's dtype | | 6 S where that fits, else one layer |
 | evaluate | | 2 x (P and active of each control) x T | both models, controls, logits |
 
-with s the parameters of one sparse layer; its static control is counted beside it. A start by
-specialists solves least squares over the hidden activations: 2 F x F per row and round.
+with s the parameters of one sparse layer; its static control is counted beside it. S has the
+padding of a host that is named. A start by specialists solves least squares over the hidden
+activations: 2 F x F per row and round.
 """
 
 from collections.abc import Mapping
@@ -311,7 +312,7 @@ def _convert(sizes: Sizes) -> Cost:
 
 def least_convert(sizes: Sizes) -> int:
     """Host memory of a conversion that proves itself tensor by tensor: the largest layer."""
-    largest = max(s.total_parameters for s in sizes.shapes.values())
+    largest = max(s.total_parameters for s in sizes.padded.values())
     embedding = sizes.head * sizes.record["d_model"]
     return BASE + 4 * max(2 * largest, embedding)
 
@@ -370,7 +371,7 @@ def cost(
     per_step = 6 * cfg.train.batch_size * sum(s.active_parameters for s in shapes.values())
     return {
         "parameters": sizes.sparse,
-        "parameters_per_token": sizes.sparse - asleep,
+        "parameters_per_token": sizes.unpadded - asleep,
         "active_ffn_fraction": sum(s.active_ffn_fraction for s in shapes.values()) / len(shapes),
         "checkpoint_bytes": sizes.sparse * sizes.itemsize,
         "store_bytes": round(raw / volume.RATIO.get(cfg.capture.codec, {}).get(dtype, 1)),

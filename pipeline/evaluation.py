@@ -207,6 +207,7 @@ def measure(
         compare(sparse),
         dense.num_parameters(),
         sparse.num_parameters(),
+        next(iter(read.values()))[1]["host"],
     )
     found = {}
     for name, modules in controls.items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import embeddings
+from pipeline import embeddings, hosts
 from pipeline.comparison import TextLoss, Texts
 from pipeline.controls import gap_recovery
 from pipeline.embeddings import EmbeddingMatch
@@ -58,8 +58,13 @@ def model_figures(
     texts: Texts,
     dense_parameters: int,
     sparse_parameters: int,
+    host: str,
 ) -> dict[str, Any]:
-    """`metrics.json`: one name for each figure, as docs/design.md defines them."""
+    """`metrics.json`: one name for each figure, as docs/design.md defines them.
+
+    Args:
+        sparse_parameters: those that `host` stores, padding included.
+    """
     losses = {n: t for n, t in texts.items() if isinstance(t, TextLoss)}
     dense, sparse = (
         {
@@ -69,7 +74,7 @@ def model_figures(
         }
         for side in (0, 1)
     )
-    parameters = _parameters(shapes, dense_parameters, sparse_parameters)
+    parameters = _parameters(shapes, sparse_parameters, host)
     run = {k: m["active_ffn_fraction"] for k, m in layers.items()}
     run_with_router = {
         k: share + shapes[k].active_flops_fraction - shapes[k].active_ffn_fraction
@@ -141,15 +146,16 @@ def gap_figures(
     return {"gap_recovery": {**_mean_and_worst(layers, "gap_recovery", min), "layers": known}}
 
 
-def _parameters(shapes: Mapping[int, MoEShape], dense: int, stored: int) -> dict[str, int]:
-    """`total` counts what is stored; where some of that is padding, `unpadded` the rest."""
+def _parameters(shapes: Mapping[int, MoEShape], stored: int, host: str) -> dict[str, int]:
+    """`total` counts what is stored; where some of that is padding, `unpadded` the rest.
+
+    A host may pad to the widest expert of the layer, or of all layers.
+    """
+    padded = hosts.padded(host, shapes)
+    padding = sum(padded[k].total_parameters - s.total_parameters for k, s in shapes.items())
     asleep = sum(s.total_parameters - s.active_parameters for s in shapes.values())
-    if all(s.expert_widths is None for s in shapes.values()):
-        return {"total": stored, "active": stored - asleep}
-    # From the dense side: a host may pad to the widest expert of the layer, or of all layers.
-    unpadded = dense + sum(s.total_parameters - s.dense_parameters for s in shapes.values())
-    apart = {"unpadded": unpadded} if unpadded != stored else {}
-    return {"total": stored, **apart, "active": unpadded - asleep}
+    apart = {"unpadded": stored - padding} if padding else {}
+    return {"total": stored, **apart, "active": stored - padding - asleep}
 
 
 def _mean_and_worst(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, charts, durable
+from pipeline import card, charts, durable, hosts
 from pipeline.figures import headline
 from pipeline.pages import render
 from pipeline.shape import MoEShape
@@ -100,7 +100,7 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         "versions": manifests["convert"]["versions"],
         "ffn": {
             "dense": sum(s.dense_parameters for s in shapes.values()),
-            "total": sum(s.total_parameters for s in shapes.values()),
+            "total": sum(s.total_parameters for s in hosts.padded(host, shapes).values()),
             "active": sum(s.active_parameters for s in shapes.values()),
         },
         "cost": _cost(content, shapes, settings),

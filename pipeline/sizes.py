@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import hosts
 from pipeline.config import Config
 from pipeline.shape import MoEShape
 from pipeline.volume import ITEMSIZE
@@ -46,9 +47,22 @@ class Sizes:
         return ITEMSIZE[_dtype(self.record, self.cfg)]
 
     @property
+    def padded(self) -> dict[int, MoEShape]:
+        """The layers as `moe.host` stores them."""
+        return hosts.padded(self.cfg.moe.host.name, self.shapes)
+
+    @property
     def sparse(self) -> int:
-        """Parameters of the sparse model."""
-        grown = sum(s.total_parameters - s.dense_parameters for s in self.shapes.values())
+        """Parameters of the sparse model, padding included."""
+        return self._with(self.padded)
+
+    @property
+    def unpadded(self) -> int:
+        """The same without padding."""
+        return self._with(self.shapes)
+
+    def _with(self, shapes: Mapping[int, MoEShape]) -> int:
+        grown = sum(s.total_parameters - s.dense_parameters for s in shapes.values())
         return self.record["parameters"] + grown
 
     @property

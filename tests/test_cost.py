@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from test_budget import record_of
 
-from pipeline import budget, compose, footprint
+from pipeline import budget, compose, footprint, hosts
 from pipeline.config import Codec, Config, Dtype
 from pipeline.cost import cost, train_layer
 from pipeline.moe import SparseMoE
@@ -33,6 +33,23 @@ def test_parameters_are_those_of_the_layers_in_the_ffns_places(cfg):
     asleep = 3 * 3 * 32 * shape.d_ff_expert  # of the four experts of a layer
     assert found["parameters_per_token"] == found["parameters"] - 2 * asleep
     assert found["active_ffn_fraction"] == 0.5
+
+
+def test_a_named_host_stores_the_padding_of_unlike_layers_and_no_token_runs_it():
+    unlike = "moe.per_layer=[{layers: [0], d_ff_expert: 1.0}]"
+    found = {}
+    for host in ("mixtral", "custom"):
+        cfg = compose.load(["moe.d_ff_expert=0.25", unlike, f"moe.host={host}"])
+        plans = budget.uniform(RECORD, cfg.moe, [0, 1, 2])
+        shapes = {k: MoEShape(**plan["shape"]) for k, plan in plans.items()}
+        stored = hosts.HOSTS[host].stored(shapes).values()
+        layers = sum(p.numel() for s in stored for p in SparseMoE(s).parameters())
+        found[host] = cost(RECORD, plans, cfg)
+        assert found[host]["parameters"] == 100_000 + layers - 3 * 3 * 32 * 64
+        assert found[host]["checkpoint_bytes"] == 4 * found[host]["parameters"]
+    assert found["mixtral"]["parameters"] > found["custom"]["parameters"]
+    names = ("parameters_per_token", "active_ffn_fraction", "training_flops")
+    assert len({tuple(of[name] for name in names) for of in found.values()}) == 1
 
 
 def test_the_store_grows_with_tokens_layers_and_dtype_and_shrinks_by_its_codec(cfg):

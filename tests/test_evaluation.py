@@ -347,7 +347,9 @@ def test_a_model_compared_with_itself_loses_nothing():
     assert found.top1_agreement == 1
     assert found.perplexity[0] == found.perplexity[1]
     assert found.byte_perplexity[0] == found.byte_perplexity[1]
-    metrics = model_figures({0: judged()}, {0: SHAPE}, {"heldout": found, "shifted": found}, 1, 1)
+    metrics = model_figures(
+        {0: judged()}, {0: SHAPE}, {"heldout": found, "shifted": found}, 1, 1, "mixtral"
+    )
     assert metrics["perplexity_ratio"] == {"heldout": 1, "shifted": 1}
     both = {"heldout": 0, "shifted": 0}
     assert metrics["kl"] == {"mean": 0, "p99": 0, "by_text": both}
@@ -378,7 +380,7 @@ def test_kl_and_agreement_are_those_of_a_loop_over_tokens():
     assert found.kl.tolist() == pytest.approx(kl, rel=1e-3, abs=1e-5)
     assert found.top1_agreement == same / len(kl) < 1
     text = {"heldout": found, "shifted": found}
-    metrics = model_figures({0: judged()}, {0: SHAPE}, text, 1, 1)
+    metrics = model_figures({0: judged()}, {0: SHAPE}, text, 1, 1, "mixtral")
     assert metrics["kl"]["mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
     assert metrics["kl"]["p99"] == pytest.approx(quantile(kl, 0.99), rel=1e-3)
 
@@ -434,9 +436,15 @@ def text(dense: float = 2.0, sparse: float = 3.0) -> comparison.TextLoss:
     return comparison.TextLoss((dense, sparse), (1.5, 1.75), torch.arange(101.0), 0.5, 777)
 
 
-def figures(layers: dict[int, dict[str, Any]], shapes: dict[int, MoEShape], **counts: int):
+def figures(
+    layers: dict[int, dict[str, Any]],
+    shapes: dict[int, MoEShape],
+    host: str = "mixtral",
+    **counts: int,
+):
     counts = {"dense_parameters": 100, "sparse_parameters": 10**6} | counts
-    return model_figures(layers, shapes, {"heldout": text(), "shifted": text(4, 8)}, **counts)
+    texts = {"heldout": text(), "shifted": text(4, 8)}
+    return model_figures(layers, shapes, texts, **counts, host=host)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -493,6 +501,32 @@ def test_dynamic_experts_that_stayed_even_have_no_padding_to_tell_apart():
     found = figures(layers, {0: even, 1: even}, **counts)["sparse"]["parameters"]
     assert found == figures(layers, {0: SHAPE, 1: SHAPE}, **counts)["sparse"]["parameters"]
     assert "unpadded" not in found
+
+
+def test_a_narrow_layer_padded_to_the_width_of_another_runs_no_padding():
+    model, dense = mixtral(replace(SHAPE, d_ff_expert=32)), llama()
+    found = figures(
+        {0: judged(), 1: judged()},
+        {0: replace(SHAPE, d_ff_expert=32), 1: SHAPE},
+        dense_parameters=dense.num_parameters(),
+        sparse_parameters=model.num_parameters(),
+    )["sparse"]["parameters"]
+    assert found["total"] == model.num_parameters()
+    assert found["unpadded"] == model.num_parameters() - 4 * 16 * 3 * D
+    # Two experts of 32 neurons in the one, two of 16 in the other, a router in both.
+    others = dense.num_parameters() - 2 * 32 * 3 * D
+    assert found["active"] == others + (2 * 32 + 2 * 16) * 3 * D + 2 * 4 * D
+
+
+def test_a_shared_expert_padded_to_the_width_of_another_layers_runs_no_padding():
+    shapes = {k: replace(SHAPE, d_ff_shared=width) for k, width in enumerate((16, 8))}
+    layers = {0: judged(), 1: judged()}
+    found = figures(layers, shapes, host="granitemoeshared")["sparse"]["parameters"]
+    unpadded = 10**6 - 8 * 3 * D
+    idle = 2 * 2 * 16 * 3 * D
+    assert found == {"total": 10**6, "unpadded": unpadded, "active": unpadded - idle}
+    found = figures(layers, shapes, host="custom")["sparse"]["parameters"]
+    assert found == {"total": 10**6, "active": 10**6 - idle}
 
 
 def test_active_fractions_are_those_that_were_measured_weighted_by_width():

@@ -321,6 +321,18 @@ def test_what_a_setting_costs_is_in_the_plan(project: Path, setting: str, stage:
     )
 
 
+def test_a_conversion_that_pads_to_the_widest_layer_is_planned_for_as_if_all_were_so(
+    project: Path,
+):
+    unlike = ["moe.d_ff_expert=0.25", "moe.per_layer=[{layers: [0], d_ff_expert: 1.0}]"]
+    padded, alike, apart = (
+        make(*wide(*more), ROOMY).costs["convert"]
+        for more in (["moe.host=mixtral", *unlike], ["moe.d_ff_expert=1.0"], unlike)
+    )
+    assert padded == alike
+    assert padded.bytes > apart.bytes and padded.host > apart.host
+
+
 def test_on_a_gpu_the_models_lie_there(project: Path):
     cfg, record = wide("heal.tokens=65536")
     here, there = (make(cfg, record, replace(ROOMY, gpu=gpu)).costs for gpu in (None, 8 * 10**10))

@@ -902,6 +902,15 @@ def test_cost_is_reckoned_from_sizes(tmp_path: Path):
     ]
 
 
+def test_the_padding_of_unlike_layers_is_among_what_is_stored_of_the_ffns(tmp_path: Path):
+    given = content(n_layers=2)
+    shapes = [report.MoEShape(**given["layers"][0]["shape"] | {"d_ff_expert": w}) for w in (8, 24)]
+    for k, shape in enumerate(shapes):
+        given["layers"][k]["shape"] = vars(shape)
+    stored = written(tmp_path, given).column("sparse, stored")
+    assert stored[1] == f"{2 * shapes[1].total_parameters:,}"
+
+
 def test_the_headline_has_the_names_of_metrics_json_and_fits_a_line(folder: Path, tmp_path: Path):
     metrics = content()["metrics"]
     told = dict(figures(json.loads((folder / "headline.json").read_text())))

@@ -61,6 +61,16 @@ def choose(name: str, record: Record, shapes: Shapes) -> tuple[Host, str]:
     )
 
 
+def padded(name: str, shapes: Shapes) -> dict[int, MoEShape]:
+    """The shapes with all neurons that lie in the checkpoint, those of padding among them.
+
+    Args:
+        name: of the host; with `auto` no layer is padded to the width of another.
+    """
+    stored = HOSTS.get(name, CUSTOM).stored(shapes)
+    return {k: replace(shape, expert_widths=None) for k, shape in stored.items()}
+
+
 def _padding(host: Host, shapes: Shapes) -> str | None:
     """What it would have to pad, for layers that differ."""
     stored = host.stored(shapes)
