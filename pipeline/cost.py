@@ -152,7 +152,7 @@ def _budget(sizes: Sizes, rows: Mapping[str, int]) -> Cost:
         bytes=bytes_,
         files=L + 1,
         flops=tried
-        * (4.0 * sizes.matrices(P) * tokens + _start_flops(widest, cfg.moe.init.name, start_rows)),
+        * (4.0 * sizes.matrices(P) * tokens + start_flops(widest, cfg.moe.init.name, start_rows)),
     )
 
 
@@ -206,7 +206,7 @@ def _train(sizes: Sizes, shape: MoEShape, rows: Mapping[str, int]) -> Cost:
         flops=sum(
             6.0 * s.active_parameters * B * steps
             + 2.0 * s.active_parameters * rows["validation"] * validations
-            + _start_flops(s, init if s is shape else "specialist", rows["train"])
+            + start_flops(s, init if s is shape else "specialist", rows["train"])
             for s in fits
         ),
     )
@@ -214,8 +214,13 @@ def _train(sizes: Sizes, shape: MoEShape, rows: Mapping[str, int]) -> Cost:
 
 def static(shape: MoEShape, cfg: Config) -> list[MoEShape]:
     """The shape of the layer's static control, where there is one."""
+    return control(shape) if cfg.train.static_control else []
+
+
+def control(shape: MoEShape) -> list[MoEShape]:
+    """The shape of a layer's static control; none where as much is run as in the dense FFN."""
     width = round(shape.active_ffn_fraction * shape.d_ff)
-    if not cfg.train.static_control or width >= shape.d_ff:
+    if width >= shape.d_ff:
         return []
     one = replace(shape, d_ff_expert=width, n_experts=1, top_k=1, bias=True, d_ff_shared=0)
     plain = {"routing": "token_choice", "capacity_factor": None, "router_width": 0}
@@ -257,7 +262,8 @@ def _start_memory(
     return 0, read + hidden + sums + made
 
 
-def _start_flops(shape: MoEShape, init: str, rows: int) -> float:
+def start_flops(shape: MoEShape, init: str, rows: int) -> float:
+    """Of an untrained layer's making from so many training rows; only specialists count."""
     if init != "specialist":
         return 0.0
     D, F, n = shape.d_model, shape.d_ff, shape.n_specialists

@@ -6,10 +6,11 @@ Equal figures give equal bytes: no clock, no random identifiers.
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, charts, durable, hosts
+from pipeline import card, charts, cost, durable, hosts
 from pipeline.figures import headline
 from pipeline.pages import render
 from pipeline.shape import MoEShape
@@ -38,8 +39,9 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     Args:
         content: `name`, `manifests` (by artefact), `left_dense` (indices of the layers that kept
             their FFN), `record` (of the dense model), `licence` (of its card), `sizes`
-            (`captured_tokens`, `store_bytes`, `checkpoint_bytes`), `speed` (of `speed.compare`, or
-            nothing), `settings` (of the evaluation), and all that `evaluation.measure` returns.
+            (`captured_tokens`, `train_tokens` of them, `store_bytes`, `checkpoint_bytes`), `speed`
+            (of `speed.compare`, or nothing), `settings` (of the evaluation), and all that
+            `evaluation.measure` returns.
     """
     metrics, speed, history = content["metrics"], content["speed"], content["history"]
     rows = layer_rows(metrics)
@@ -124,13 +126,32 @@ def _cost(
         **sizes,
         "dense_bytes": parameters * WEIGHT_BYTES[content["record"]["dtype"]],
         "capture_flops": 2 * parameters * sizes["captured_tokens"],
+        "start_flops": _start_flops(content["layers"], sizes["train_tokens"], sides),
         # 2 for multiply and add, 3 for forward and both halves of backward
         "training_flops": sides
         * sum(6 * n * shapes[k].active_parameters for k, n in trained.items()),
         "trained_tokens": sum(trained.values()),
         "healing_tokens": healing,
-        "healing_flops": (2 * parameters + 6 * active) * healing,
+        "healing_flops": sides * (2 * parameters + 6 * active) * healing,
     }
+
+
+def _start_flops(layers: Mapping[int, Mapping[str, Any]], rows: int, sides: int) -> float:
+    """Of the untrained layers' making, and with two sides of their static controls'."""
+    fits = []
+    for layer in layers.values():
+        shape = _begun(layer)
+        fits += [(shape, layer["init"])]
+        fits += [(static, "specialist") for static in cost.control(shape) if sides == 2]
+    return sum(cost.start_flops(shape, init, rows) for shape, init in fits)
+
+
+def _begun(layer: Mapping[str, Any]) -> MoEShape:
+    """The shape before training: dynamic experts grew and shrank since."""
+    shape, training = MoEShape(**layer["shape"]), layer["training"]
+    if "sizes" not in training:
+        return shape
+    return replace(shape, d_ff_expert=max(training["sizes"][0]["widths"]), expert_widths=None)
 
 
 def _said(samples: Mapping[str, str]) -> dict[str, tuple[str, str]]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import charts, pages, record, report
+from pipeline import charts, cost, pages, record, report
+from pipeline.controls import static_plan
 
 SCRIPT = "<script>alert('x')</script>"
 FILES = {"metrics.json", "headline.json", "layers.json", "layers.csv", "history.csv", "load.csv"}
@@ -121,10 +122,16 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
         },
         "licence": {},
         "speed": {},
-        "sizes": {"captured_tokens": 5555, "store_bytes": 66_600, "checkpoint_bytes": 77_700},
+        "sizes": {
+            "captured_tokens": 5555,
+            "train_tokens": 4444,
+            "store_bytes": 66_600,
+            "checkpoint_bytes": 77_700,
+        },
         "left_dense": [],
         "layers": {
-            k: {"layer": k, "host": "mixtral", "shape": shape, "training": training()}
+            k: {"layer": k, "host": "mixtral", "shape": shape, "init": "specialist"}
+            | {"training": training()}
             for k in range(n_layers)
         },
         "history": {
@@ -563,7 +570,7 @@ def test_only_layers_whose_experts_were_resized_have_widths_and_a_dozen_is_drawn
     some = resized(content(5), [1, 4])
     assert set(re.findall(r"layer \d+", drawn(some))) == {"layer 1", "layer 4"}
     named = [row[0] for table in written(tmp_path, some).tables for row in table]
-    assert [name for name in named if "start" in name] == ["1,\xa0start", "4,\xa0start"]
+    assert [name for name in named if name.endswith("start")] == ["1,\xa0start", "4,\xa0start"]
     many = resized(content(40))
     assert len(set(re.findall(r"layer \d+", drawn(many)))) == 12
     assert "The first 12 of 40 layers." in written(tmp_path, many).text
@@ -891,15 +898,60 @@ def test_cost_is_reckoned_from_sizes(tmp_path: Path):
     given = content(n_layers=2)
     metrics = given["metrics"]
     page = written(tmp_path, given)
-    assert page.column("tokens read")[:2] == ["5,555", f"{2 * 50 * 512:,}"]
+    assert page.column("tokens read")[:3] == ["5,555", "", f"{2 * 50 * 512:,}"]
     shape = report.MoEShape(**given["layers"][0]["shape"])
     flops = 2 * 2 * 6 * 50 * 512 * shape.active_parameters  # two layers, each with its control
     captured = 2 * metrics["dense"]["parameters"] * 5555
-    assert page.column("FLOPs")[:2] == [f"{captured:.3g}", f"{flops:.3g}"]
+    starts = f"{2 * sum(starts_of(given['layers'][0])):.3g}"
+    assert page.column("FLOPs")[:3] == [f"{captured:.3g}", starts, f"{flops:.3g}"]
     assert page.column("sparse, per token")[1:3] == [
         f"{2 * shape.active_parameters:,}",
         f"{2 * 2 * shape.active_parameters:,}",
     ]
+
+
+def starts_of(layer: dict[str, Any]) -> list[float]:
+    """FLOPs, as `plan` has them, of the layer's start and of its static control's."""
+    plans = (layer, static_plan(layer))
+    return [cost.start_flops(report.MoEShape(**p["shape"]), p["init"], 4444) for p in plans if p]
+
+
+def costs_of(folder: Path, given: dict[str, Any]) -> dict[str, str]:
+    """What each row of "What it cost" names, and its FLOPs."""
+    page = written(folder, given)
+    (table,) = [table for table in page.tables if "tokens read" in table[0]]
+    return {row[0]: row[table[0].index("FLOPs")] for row in table[1:]}
+
+
+def test_starts_are_counted_as_plan_counts_them_with_those_of_the_control(tmp_path: Path):
+    ours, static = starts_of(content()["layers"][0])
+    assert 0 < static < ours
+    named = "starts of the layers, and of their static control"
+    assert costs_of(tmp_path, content())[named] == f"{3 * (ours + static):.3g}"
+    assert costs_of(tmp_path, resized(content()))[named] == f"{3 * (ours + static):.3g}"
+    alone = content()
+    del alone["metrics"]["controls"]["static"]
+    assert costs_of(tmp_path, alone)["starts of the layers"] == f"{3 * ours:.3g}"
+    sliced = content()
+    for layer in sliced["layers"].values():
+        layer["init"] = "slice"
+    assert costs_of(tmp_path, sliced)[named] == f"{3 * static:.3g}"
+    del sliced["metrics"]["controls"]["static"]
+    assert not any(name.startswith("starts") for name in costs_of(tmp_path, sliced))
+
+
+def test_healing_costs_as_much_again_for_the_static_control(tmp_path: Path):
+    given = content()
+    for layer in given["layers"].values():
+        validation = {"kl": {"before": 0.5, "after": 0.25}}
+        layer["healing"] = {"tokens": 2048, "validation": validation}
+    parameters = given["metrics"]["dense"]["parameters"]
+    active = given["metrics"]["sparse"]["parameters"]["active"]
+    flops = 2048 * (2 * parameters + 6 * active)
+    both = costs_of(tmp_path, given)
+    assert both["healed together, and their static control"] == f"{2 * flops:.3g}"
+    del given["metrics"]["controls"]["static"]
+    assert costs_of(tmp_path, given)["healed together"] == f"{flops:.3g}"
 
 
 def test_the_padding_of_unlike_layers_is_among_what_is_stored_of_the_ffns(tmp_path: Path):

@@ -141,8 +141,10 @@ def _check_lineage(digests: Mapping[str, str], layers: list[int]) -> None:
 
 
 def _sizes(stores: Mapping[int, "LayerReader"]) -> dict[str, int]:
+    rows = next(iter(stores.values())).rows
     return {
-        "captured_tokens": sum(next(iter(stores.values())).rows.values()),
+        "captured_tokens": sum(rows.values()),
+        "train_tokens": rows["train"],
         "store_bytes": sum(store.stored_bytes() for store in stores.values()),
         "checkpoint_bytes": sum(p.stat().st_size for p in CONVERT.glob("*.safetensors")),
     }
