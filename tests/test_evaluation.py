@@ -543,8 +543,8 @@ def test_the_tail_of_more_tokens_than_torch_takes_for_a_quantile_is_found():
     kl = torch.zeros(2**24 + 100)
     kl[: len(kl) // 50] = 1.0
     texts = {"heldout": replace(text(), kl=kl), "shifted": text()}
-    counts = {"dense_parameters": 100, "sparse_parameters": 10**6}
-    assert model_figures({0: judged()}, {0: SHAPE}, texts, **counts)["kl"]["p99"] == 1.0
+    found = model_figures({0: judged()}, {0: SHAPE}, texts, 100, 10**6, "mixtral")
+    assert found["kl"]["p99"] == 1.0
 
 
 def test_figures_name_each_text_side_and_layer():
