@@ -72,7 +72,8 @@ def capture_activations(
     Raises:
         InputError: the model lacks a layer or a token's embedding, an FFN does not see every token
             once, or an activation is not finite.
-        ResourceError: there is no room for it on the disk.
+        ResourceError: there is no room for it on the disk, or `device_map` left a layer's FFN on
+            no device.
     """
     sequence_length = next(iter(blocks.values())).shape[1]
     slots = find_ffns(model)

@@ -94,8 +94,13 @@ def replaced(
 ) -> PreTrainedModel:
     """The model with other modules in its FFNs' places; its other weights are not copied.
 
+    Each module is copied to the device and the dtype of the FFN that it replaces.
+
     Args:
         norms: healed ones, in the place of the model's own.
+
+    Raises:
+        ResourceError: `device_map` left the weights of such an FFN on no device.
     """
     healed = norms or {}
     kept = [p for name, p in model.named_parameters() if name not in healed]
@@ -103,7 +108,8 @@ def replaced(
     copied = copy.deepcopy(model, shared)  # pyright: ignore[reportArgumentType]
     slots = find_ffns(copied)
     for k, module in modules.items():
-        slots[k].replace(copy.deepcopy(module).to(model.dtype))
+        like = slots[k].weights().up_proj
+        slots[k].replace(copy.deepcopy(module).to(like.device, like.dtype))
     set_norms(copied, healed)
     return copied
 

@@ -154,7 +154,8 @@ class ModelConfig:
     # commit of the hub; null = the newest, recorded; required with trust_remote_code
     revision: str | None = None
     dtype: Dtype = MISSING  # of the loaded weights; auto = as they are stored
-    # as transformers takes it, for a model that is larger than one device
+    # as transformers takes it, for a model that several devices hold together; where it leaves an
+    # FFN that is converted on the CPU or the disk for want of room, the run is refused
     device_map: str | None = None
     trust_remote_code: bool = MISSING  # run the model's own Python code
     layers: list[int] = MISSING  # layers to convert, indices from 0; the others stay dense

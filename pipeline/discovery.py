@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.ffn import DenseFFN
 from pipeline.places import (
     Place,
@@ -72,8 +72,23 @@ class FFNSlot:
         return any(name.endswith("_bias") for name in self.weights().tensors())
 
     def weights(self) -> DenseFFN:
-        """The dense FFN, while it is in its place, as plain tensors: views of the model's own."""
-        return ffn_of(self._model.get_submodule(self.root), self.formula)
+        """The dense FFN, while it is in its place, as plain tensors: views of the model's own.
+
+        Raises:
+            ResourceError: accelerate keeps them on the CPU or the disk and lends them to a pass.
+        """
+        root = self._model.get_submodule(self.root)
+        ffn = ffn_of(root, self.formula)
+        lent = any(tensor.is_meta for tensor in ffn.tensors().values())  # or a skeleton's
+        if lent and any(hasattr(module, "_hf_hook") for module in root.modules()):
+            raise ResourceError(
+                "The weights of an FFN lie on no device.",
+                value=f"layer {self.index}, {self.root}: device_map offloaded it to CPU or disk",
+                rule="devices hold every FFN that is captured or replaced",
+                remedy="run where the devices have room for the whole model, or on the CPU "
+                "(runtime.device=cpu model.device_map=null)",
+            )
+        return ffn
 
     def replace(self, module: nn.Module) -> None:
         """Put `module`, (..., d_model) -> the same, in the FFN's place.

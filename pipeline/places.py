@@ -112,7 +112,10 @@ def join(path: str, below: str) -> str:
 
 
 def _trial(module: nn.Module) -> nn.Module:
-    """A copy in float32 on the CPU, with random weights large enough that activations bend."""
+    """A copy in float32 on the CPU, with random weights large enough that activations bend.
+
+    It has none of accelerate's hooks, which fetch the module's weights and send its input away.
+    """
     noise = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0))
     own: dict[int, Any] = {}  # in the place of the module's, none of which is copied first
     for k, parameter in enumerate(module.parameters()):
@@ -124,7 +127,15 @@ def _trial(module: nn.Module) -> nn.Module:
     for buffer in module.buffers():
         kept = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu().clone()
         own[id(buffer)] = kept.float() if kept.is_floating_point() else kept
-    return copy.deepcopy(module, own).eval()
+    hooks = [m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")]
+    if not hooks:
+        return copy.deepcopy(module, own).eval()
+    from accelerate.hooks import ModelHook, remove_hook_from_submodules  # not all have it
+
+    own |= {id(hook): ModelHook() for hook in hooks}  # theirs would put weights back
+    trial = copy.deepcopy(module, own).eval()
+    remove_hook_from_submodules(trial)
+    return trial
 
 
 def _input(*size: int) -> Tensor:

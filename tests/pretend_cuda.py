@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 CUDA = torch.device("cuda", 0)
 
 COPIES = {"copy_", "_to_copy", "_foreach_copy_", "_foreach_copy"}
+COPIES |= {"_has_compatible_shallow_copy_type"}  # what a module asks that moves
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 TAKES_SCALARS = {"where", "masked_fill", "masked_fill_", "fill_"}  # beside what is pointwise
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2"}

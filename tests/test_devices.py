@@ -14,6 +14,7 @@ import test_input_store
 import test_modeling
 import torch
 import transformers as tf
+from accelerate import dispatch_model
 from pretend_cuda import CUDA, Device, is_there, pretend_cuda
 from test_start import PLAIN as MOE
 from test_start import D, F, dense_ffn, plan_of, write_store
@@ -21,7 +22,16 @@ from test_training import PLAIN, Stored
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline import comparison, evaluation, footprint, heal, resident, sensitivity, specialists
+from pipeline import (
+    comparison,
+    embeddings,
+    evaluation,
+    footprint,
+    heal,
+    resident,
+    sensitivity,
+    specialists,
+)
 from pipeline import fit as fit_module
 from pipeline import start as start_module
 from pipeline.capture import capture_activations
@@ -436,16 +446,28 @@ def moved(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
     return copy.deepcopy(model).to("cuda")  # pyright: ignore[reportArgumentType]
 
 
+def spread(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    """Over two devices, as a `device_map` spreads it: accelerate's hooks move what passes."""
+    there = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), "cuda:0")
+    here = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "cpu")
+    placed = dispatch_model(copy.deepcopy(model), there | here, main_device="cpu")
+    devices = [slot.weights().up_proj.device for slot in find_ffns(placed)]
+    assert devices == [CUDA, torch.device("cpu")]
+    return placed  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("place", [moved, spread])
 @pytest.mark.parametrize("store", Store)
-def test_capture_on_the_device_stores_what_it_stores_on_the_cpu(model, tmp_path, store):
+def test_capture_on_the_device_stores_what_it_stores_on_the_cpu(model, tmp_path, store, place):
     blocks = {"train": test_heal.BLOCKS["train"], "validation": test_heal.BLOCKS["validation"]}
     cfg = replace(test_input_store.CONFIG, store=store)
     capture_activations(model, blocks, tmp_path / "here", cfg=cfg)
     reader = LayerReader(tmp_path / "here" / "layer_1.zarr")
     wanted = {split: reader.read(split) for split in blocks}
     with pretend_cuda() as device:
-        capture_activations(moved(model), blocks, tmp_path / "there", cfg=cfg)
-        assert not device.products
+        capture_activations(place(model), blocks, tmp_path / "there", cfg=cfg)
+        assert place is spread or not device.products
+        device.products.clear()
         found = LayerReader(tmp_path / "there" / "layer_1.zarr", "cuda")
         for split in blocks:
             for one, two in zip(found.read(split), wanted[split], strict=True):
@@ -515,6 +537,54 @@ def test_a_model_is_judged_on_the_device_as_on_the_cpu(model, tmp_path):
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5) and len(numbers[0]) > 50
 
 
+def test_a_model_spread_over_devices_is_judged_as_on_the_cpu(model, tmp_path):
+    """Whatever device its controls lie on, each goes to that of the FFN that it replaces."""
+    trained = test_heal.write_layers(model, tmp_path)
+    tokens, ffns = test_heal.BLOCKS["validation"], [s.weights() for s in find_ffns(model)]
+
+    def judged(dense: tf.PreTrainedModel, place: str) -> list[Any]:
+        moes = {k: load_layer(path)[0].to(place) for k, path in trained.items()}
+        oracles = {k: OracleMoE(moe, ffns[k]) for k, moe in moes.items()}
+        found = []
+        for modules in (moes, oracles):
+            other = comparison.replaced(dense, modules)
+            text = comparison.compare_on_text(dense, other, tokens, 999, batch_size=4)
+            found += [text.perplexity, text.kl.tolist(), text.top1_agreement]
+        for slot in find_ffns(dense):
+            moe = copy.deepcopy(moes[slot.index])
+            found.append(sensitivity.layer_kl(dense, slot, moe, tokens))
+        return tree_leaves(found)
+
+    with pretend_cuda():
+        there = [judged(spread(model), place) for place in ("cuda", "cpu")]
+    for found in there:
+        assert found == pytest.approx(judged(model, "cpu"), rel=1e-4, abs=1e-5)
+
+
+def test_an_encoder_spread_over_devices_gives_the_embeddings_of_one_device():
+    config = tf.BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    encoder = tf.AutoModel.from_config(config).eval()
+    tokens = test_heal.BLOCKS["validation"]
+    wanted = embeddings.embed(encoder, tokens, 4)
+    with pretend_cuda():
+        where = {"embeddings": "cuda:0", "encoder.layer.0": "cuda:0"}
+        where |= {"encoder.layer.1": "cpu", "pooler": "cpu"}
+        dense = dispatch_model(copy.deepcopy(encoder), where, main_device="cpu")
+        torch.testing.assert_close(embeddings.embed(dense, tokens, 4), wanted)
+        ffns = {slot.index: slot.weights() for slot in find_ffns(dense)}
+        assert [ffn.up_proj.device.type for ffn in ffns.values()] == ["cuda", "cpu"]
+        whole = {k: test_heal.sliced(f.to("cpu", torch.float32)) for k, f in ffns.items()}
+        sparse = comparison.replaced(dense, whole)  # pyright: ignore[reportArgumentType]
+        assert embeddings.embed(sparse, tokens, 4).isfinite().all()
+
+
 def test_candidates_of_a_budget_are_made_and_judged_on_the_device(model, tmp_path):
     blocks = test_heal.BLOCKS
     cfg = replace(test_input_store.CONFIG, store=Store.input)
@@ -547,15 +617,17 @@ def test_the_modelling_file_runs_on_the_device_as_on_the_cpu(device, name):
     torch.testing.assert_close(found.cpu(), wanted)
 
 
-def test_rows_behind_sparse_layers_are_made_on_the_device(model, tmp_path):
+@pytest.mark.parametrize("place", [moved, spread])
+def test_rows_behind_sparse_layers_are_made_on_the_device(model, tmp_path, place):
     trained = test_heal.write_layers(model, tmp_path / "trained", (0,))
     found = []
-    for place in ("cpu", "cuda"):
+    for at in ("cpu", "cuda"):
         with pretend_cuda() as device:
-            dense = moved(model) if place == "cuda" else model
+            dense = place(model) if at == "cuda" else model
+            device.products.clear()
             behind = forward_behind(dense, {0: load_layer(trained[0])[0]})
             with torch.inference_mode():
-                pair = behind(test_heal.BLOCKS["validation"].to(place), [1])[1]
+                pair = behind(test_heal.BLOCKS["validation"].to(at), [1])[1]
             found.append([side.cpu() for side in pair])
-            assert place == "cpu" or not device.products
+            assert at == "cpu" or place is spread or not device.products
     torch.testing.assert_close(*found)

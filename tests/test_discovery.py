@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,12 +20,13 @@ from pipeline.assembly import replace_ffns, shared_copy
 from pipeline.capture import capture_activations
 from pipeline.config import CaptureConfig, Codec, Dtype
 from pipeline.discovery import find_ffns
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ResourceError
 from pipeline.evaluation import replaced
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
 from pipeline.store import LayerReader
+from pipeline.windows import forward_behind
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -333,6 +335,77 @@ def test_a_chain_is_captured_with_its_ffn(tmp_path: Path):
         x, y = LayerReader(tmp_path / f"layer_{k}.zarr").read("train")
         assert (ffn.d_ff, x.shape) == (48, (32, 32)) and y.std() > 0
         torch.testing.assert_close(ffn(x), y, rtol=1e-5, atol=1e-6)
+
+
+# Spread by a device_map
+
+
+def offloaded(*layers: int) -> tf.PreTrainedModel:
+    """Accelerate keeps the weights of these layers and lends them to each pass."""
+    model = tiny("Llama")
+    for k in layers:
+        cpu_offload(model.model.layers[k], "cpu")
+    return model
+
+
+def hooks(model: nn.Module) -> list[int]:
+    return [id(module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
+
+
+def test_ffns_of_offloaded_layers_are_found_and_the_model_keeps_its_hooks():
+    wanted, model = logits(tiny("Llama")), offloaded(0, 1)
+    before = hooks(model)
+    slots = find_ffns(model)
+    assert [slot.path for slot in slots] == [f"model.layers.{k}.mlp" for k in (0, 1)]
+    assert {slot.formula.activation for slot in slots} == {"silu"}
+    assert hooks(model) == before and before
+    assert all(p.is_meta for p in model.model.layers.parameters())
+    assert torch.equal(logits(model), wanted)
+
+
+def test_an_ffn_is_proved_on_weights_of_its_own_wherever_the_models_lie():
+    """Nothing is fetched, and no hook sends the trial's input to the layer's device."""
+
+    class Guarded(dict):
+        def __getitem__(self, name: str) -> Tensor:
+            raise AssertionError(f"{name} was fetched")
+
+    model, x = offloaded(0, 1), torch.randn(1, 2, 32)
+    hooked = [m._hf_hook for m in model.model.layers.modules() if hasattr(m, "_hf_hook")]
+    for hook in hooked:
+        for each in getattr(hook, "hooks", [hook]):
+            each.execution_device = torch.device("meta")  # for one that is not here
+            each.weights_map = Guarded()
+    with pytest.raises(AssertionError, match="was fetched"):
+        model.model.layers[0].mlp(x)
+    assert len(find_ffns(model)) == 2
+
+
+def test_what_needs_the_weights_of_an_offloaded_layer_is_refused_by_its_name(tmp_path: Path):
+    model, moe = offloaded(1), SparseMoE(MoEShape(32, 48, 16, 2, 1, "silu", True, False, "softmax"))
+    cfg = CaptureConfig(
+        dtype=Dtype.float32,
+        codec=Codec.none,
+        shard_mb=1,
+        chunk_mb=1,
+        batch_size=2,
+        heldout_tokens=8,
+    )
+    blocks = {"train": torch.randint(64, (4, 8)), "validation": torch.randint(64, (1, 8))}
+    for needing in (
+        lambda: capture_activations(model, blocks, tmp_path / "all", cfg=cfg),
+        lambda: replaced(model, {0: moe, 1: moe}),
+        lambda: replace_ffns(model, {1: moe}),
+        lambda: forward_behind(model, {1: moe}),
+    ):
+        with pytest.raises(ResourceError, match=r"layer 1, model\.layers\.1\.mlp") as refusal:
+            needing()
+        assert "device_map offloaded it" in str(refusal.value.value)
+        assert "model.device_map=null" in refusal.value.remedy
+    assert not any((tmp_path / "all").iterdir())
+    replaced(model, {0: moe})
+    capture_activations(model, blocks, tmp_path / "first", cfg=cfg, layers=[0])
+    assert LayerReader(tmp_path / "first" / "layer_0.zarr").rows["train"] == 32
 
 
 # Layers that differ
