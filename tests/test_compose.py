@@ -109,6 +109,11 @@ def test_more_experts_per_token_than_experts_is_refused(project: Path):
         (["moe.per_layer=[{layers:[0]},{layers:[0,1]}]"], "layers [0] twice"),
         (["moe.per_layer=[{layers:[0],top_k:5}]"], "top_k=5, n_experts=4"),
         (["moe.per_layer=[{layers:[0],n_experts:0}]"], "moe.n_experts is out of range"),
+        (
+            ["moe.n_experts=8", "moe.top_k=4", "moe.per_layer=[{layers:[0],n_experts:2}]"],
+            "top_k=4, n_experts=2",
+        ),
+        (["model.embedded.d_model=72", "model.embedded.n_heads=8"], "d_model=72"),
         (["moe.per_layer=[{layers:[0],n_expertz:8}]"], "n_expertz"),
         (["moe.routing=expert_choice", "moe.capacity_factor=17"], "moe.capacity_factor=17"),
         (["moe.routing=expert_choice", "moe.balance_bias=true"], "moe.balance_bias=true"),

@@ -14,7 +14,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import dense
+from pipeline import dense, places
 from pipeline.activations import record_ffn
 from pipeline.assembly import replace_ffns, shared_copy
 from pipeline.capture import capture_activations
@@ -227,6 +227,14 @@ def test_experts_in_a_list_are_not_taken_for_ffns():
 def test_a_layer_without_an_ffn_among_others_is_refused_by_its_class():
     with pytest.raises(InputError, match="No dense FFN was found in Linear"):
         find_ffns(Stack(Whole(), nn.Linear(8, 8), Whole()))
+
+
+def test_a_fused_projection_may_hold_up_before_gate_with_biases():
+    module, x = nn.Module(), torch.randn(5, 4)
+    module.both, module.down = nn.Linear(4, 12), nn.Linear(6, 4)
+    up, gate = module.both(x).chunk(2, -1)
+    formula = places.Formula("both", "down", "both", "silu", fused=True, gate_first=False)
+    torch.testing.assert_close(places.ffn_of(module, formula)(x), module.down(F.silu(gate) * up))
 
 
 # Of transformers

@@ -21,7 +21,7 @@ from pipeline.discovery import find_ffns
 from pipeline.documents import Document
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.ffn import DenseFFN
-from pipeline.figures import HEADLINE, headline, model_figures
+from pipeline.figures import HEADLINE, control_figures, gap_figures, headline, model_figures
 from pipeline.layers import save_layer, write_history
 from pipeline.moe import SparseMoE, fit_thresholds
 from pipeline.pretrain import train_tokenizer
@@ -150,6 +150,14 @@ def test_layer_metrics_of_bf16_rows_are_computed_in_float32(tmp_path: Path):
 
 def finite(value: Any) -> bool:
     return json.loads(json.dumps(value, allow_nan=False)) is not None
+
+
+def test_tokens_whose_target_is_zero_have_no_cosine(tmp_path: Path):
+    moe, x = layer(), rows()
+    y = moe(x).detach()
+    y[::LENGTH] = 0
+    found = evaluation.layer_metrics(moe, stored(tmp_path / "a", x, y))
+    assert found["cosine_sim_p5"] == pytest.approx(1)
 
 
 def test_a_target_of_zeros_has_null_ratios_with_their_reason(tmp_path: Path):
@@ -545,6 +553,34 @@ def test_the_tail_of_more_tokens_than_torch_takes_for_a_quantile_is_found():
     texts = {"heldout": replace(text(), kl=kl), "shifted": text()}
     found = model_figures({0: judged()}, {0: SHAPE}, texts, 100, 10**6, "mixtral")
     assert found["kl"]["p99"] == 1.0
+
+
+def apart(kl: float) -> comparison.TextLoss:
+    return replace(text(), kl=torch.full((4,), kl))
+
+
+def test_the_divergence_is_that_of_the_heldout_text():
+    texts = {"heldout": apart(1.0), "shifted": apart(3.0)}
+    found = model_figures({0: judged()}, {0: SHAPE}, texts, 100, 10**6, "mixtral")["kl"]
+    assert found["mean"] == 1.0 and found["by_text"] == {"heldout": 1.0, "shifted": 3.0}
+
+
+def test_the_worst_layer_of_a_control_is_that_of_the_largest_error():
+    layers = {
+        0: {"relative_mse": 0.2, "cosine_sim": 0.9},
+        1: {"relative_mse": 0.6, "cosine_sim": 0.5},
+    }
+    found = control_figures(layers, {"heldout": apart(1.0), "shifted": apart(1.0)})
+    assert found["relative_mse"]["worst"] == 0.6 and found["cosine_sim"]["worst"] == 0.5
+
+
+def test_the_worst_layer_recovers_least_of_its_gap():
+    def control(error: float) -> dict[str, Any]:
+        return {"layers": {name: {"relative_mse": error} for name in "01"}}
+
+    layers = {0: {"relative_mse": 0.2}, 1: {"relative_mse": 0.4}}
+    found = gap_figures(layers, {"static": control(0.5), "oracle": control(0.1)})["gap_recovery"]
+    assert found["worst"] == pytest.approx(0.25) and found["mean"] == pytest.approx(0.5)
 
 
 def test_figures_name_each_text_side_and_layer():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import fit
 from pipeline.fit import (
     BLOCK_FEATURES,
     MIXTURES,
@@ -265,3 +266,36 @@ def test_float32_layers_and_bfloat16_rows_are_fitted_in_float32():
     )
     before, after = refit_down(moe, half)
     assert moe.down_proj.dtype is torch.float32 and after < 1e-2 * before
+
+
+def test_a_refit_by_blocks_that_made_validation_worse_is_undone():
+    """Its training rows are few and noisy."""
+    moe = layer(PLAIN, 7)
+    good, bad = rows_of(moe, noise=0.1), rows_of(moe, noise=8.0, train=40)
+    rows = Given(train=bad.read("train"), validation=good.read("validation"))
+    before = weights(moe).clone()
+    told = refit_down(moe, rows, ridges=(1e-3,), block_features=H)
+    assert told[1] == told[0] == validation_error(moe, rows)
+    assert torch.equal(weights(moe), before)
+
+
+def test_each_block_keeps_the_strength_that_was_chosen_for_it(monkeypatch):
+    first: list[float | None] = []
+    later: list[float] = []
+    solve = Normal.solve
+
+    def choose(*given):
+        weight, ridge = best_ridge(*given)
+        first.append(ridge)
+        return weight, ridge
+
+    def solve_with(self: Normal, ridge: float, prior: Tensor) -> Tensor:
+        later.append(ridge)
+        return solve(self, ridge, prior)
+
+    monkeypatch.setattr(fit, "best_ridge", choose)
+    monkeypatch.setattr(Normal, "solve", solve_with)
+    moe = layer(PLAIN)
+    refit_down(moe, rows_of(moe, noise=20.0, train=100), block_features=H)
+    chosen = [ridge for ridge in first if ridge is not None]
+    assert len(set(chosen)) > 1 and later[: len(chosen)] == chosen

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import tiny, tokenizer
 
 from pipeline import artifacts, assembly, checkpoint, compose, dense, durable, evaluation
+from pipeline import heal as heal_module
 from pipeline.activations import record_ffn
 from pipeline.config import Dtype, HealConfig
 from pipeline.errors import ArtifactError, InputError
@@ -303,6 +304,32 @@ def test_slices_of_a_replica_go_on_sharing_their_router_row(model, tmp_path):
         rows_RSD = after["router.weight"].unflatten(0, (4, 2))
         assert torch.equal(rows_RSD[:, 0], rows_RSD[:, 1])
         assert not torch.equal(after["router.weight"], before["router.weight"])
+
+
+def begun(model: tf.PreTrainedModel) -> heal_module.Healing:
+    cfg = dataclasses.replace(HEALING, weight_decay=1.0, grad_clip=1e-3)
+    moes = {slot.index: sliced(slot.weights()) for slot in dense.find_ffns(model)}
+    return heal_module._begin(model, moes, cfg, 0.0, torch.float32, 4)
+
+
+def test_norms_do_not_decay(model):
+    decays = [group["weight_decay"] for group in begun(model).optimizer.param_groups]
+    assert decays == [1.0, 1.0, 0.0]
+
+
+def test_the_gradients_of_all_that_learns_are_clipped_together(model, monkeypatch):
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, largest: float):
+        seen.extend(parameters)
+        return clip(seen, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    healing = begun(model)
+    heal_module._step(healing, torch.randint(0, 16, (2, 8)))
+    learning = [p for group in healing.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in seen} == {id(p) for p in learning}
+    assert 0 < sum(float(p.grad.square().sum()) for p in learning) ** 0.5 <= 1.001e-3
 
 
 def test_dropout_of_the_dense_model_is_off(tmp_path):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline import kernels
 from pipeline.errors import ConfigError
 from pipeline.kernels import KERNELS, RUN, lay_out, pick_kernel
-from pipeline.moe import SparseMoE
+from pipeline.moe import SparseMoE, fit_bias, fit_scale
 from pipeline.shape import MoEShape
 
 FAMILIES = [(True, False), (True, True), (False, False), (False, True)]  # gated, bias
@@ -173,6 +173,36 @@ def test_a_shared_expert_adds_what_its_neurons_give_to_every_token(kernel, gated
     torch.testing.assert_close(moe(x), without(x) + shared)
     gradients = outputs_and_gradients(moe, x)
     assert all(float(g.abs().max()) > 0 for n, g in gradients.items() if "shared" in n)
+
+
+def random_double(**changes: object) -> tuple[SparseMoE, torch.Generator]:
+    shape = MoEShape(
+        16, 64, 16, 4, 2, "silu", True, bool(changes.pop("bias", False)), "softmax_topk"
+    )
+    moe, generator = SparseMoE(replace(shape, **changes)).double(), torch.Generator().manual_seed(0)
+    for parameter in moe.parameters():
+        parameter.data.normal_(generator=generator)
+    return moe, generator
+
+
+def test_scale_and_bias_do_not_depend_on_the_rows_at_once():
+    found = []
+    for at_once in (None, 16):
+        moe, generator = random_double(bias=True)
+        x, y = (torch.randn(50, 16, generator=generator).double() for _ in range(2))
+        scale = fit_scale(moe, x, y, at_once)
+        fit_bias(moe, x, y, at_once)
+        found.append((scale, moe.get_parameter("down_bias").detach()))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_fitted_scale_leaves_the_shared_expert_out():
+    moe, generator = random_double(d_ff_shared=16)
+    x = torch.randn(50, 16, generator=generator).double()
+    with torch.no_grad():
+        y = moe(x)
+        moe.down_proj.mul_(0.5)
+    assert fit_scale(moe, x, y) == pytest.approx(2)
 
 
 def test_output_has_the_shape_of_the_input():

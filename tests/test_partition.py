@@ -12,7 +12,9 @@ from pipeline.partition import (
     cluster_partition,
     clusters,
     contributions,
+    most_contributing,
     neuron_profiles,
+    spread,
     token_profiles,
 )
 
@@ -131,3 +133,29 @@ def test_partition_scales_to_a_wide_ffn():
     points = centres[torch.randint(200, (14336,), generator=generator())] + normal(14336, 128)
     found = balanced_clusters(points, 64, generator())
     assert loss(points, found) < 0.8 * loss(points, torch.arange(14336).view(64, -1))
+
+
+def test_neurons_contribute_by_their_squares():
+    """One that is large for a token in ten before one that is small for all."""
+    x = torch.zeros(10, 2)
+    x[0, 0], x[:, 1] = 5.0, 1.0
+    dense = DenseFFN(torch.eye(2), torch.eye(2), activation="relu")
+    assert most_contributing(dense, x, 1).tolist() == [0]
+
+
+def test_more_rounds_make_closer_clusters():
+    points = normal(300, 4)
+    one, many = (clusters(points, 6, rounds, generator()) for rounds in (1, 30))
+
+    def spread_of(groups: Tensor) -> float:
+        parts = [points[groups == k] for k in range(6)]
+        return sum(float((part - part.mean(dim=0)).square().sum()) for part in parts)
+
+    assert spread_of(many) < 0.98 * spread_of(one)
+
+
+def test_first_centres_are_drawn_by_their_squared_distance():
+    """Ten far points of a thousand: nine draws in ten; by distance it would be one in two."""
+    points = torch.cat([torch.zeros(900, 1), torch.ones(90, 1), torch.full((10, 1), 10.0)])
+    far = [bool((spread(points, 2, generator(seed)) == 10).any()) for seed in range(200)]
+    assert sum(far) > 160

@@ -286,6 +286,22 @@ def test_shards_on_an_object_store_take_no_disk_and_are_told(
     assert re.search(r"capture\.store_url takes .* of shards", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("stage", "always", "less"),
+    [
+        ("capture", [], ["model.layers=[0]"]),
+        ("heal", ["heal.tokens=65536"], ["train.static_control=false"]),
+        ("train", ["train.evaluate_every=1"], ["train.evaluate_every=1000000"]),
+    ],
+)
+def test_what_is_not_computed_costs_nothing(
+    project: Path, stage: str, always: list[str], less: list[str]
+):
+    """The layers behind the last that is captured; a control healed; a validation."""
+    most, least = (make(*wide(*always, *more), ROOMY).costs[stage].flops for more in ([], less))
+    assert least < most
+
+
 def test_a_store_of_inputs_takes_half(project: Path):
     both, half = (
         make(*wide(f"capture.store={store.name}"), ROOMY).costs["capture"] for store in Store

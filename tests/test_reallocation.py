@@ -67,6 +67,11 @@ def test_the_side_that_wants_more_is_trimmed_its_least_extreme_expert_first():
     assert plan_widths([64, 16, 48, 48], [1.0, 2.0, 3.0, 4.0], two) == (48, 16, 48, 64)
 
 
+def test_the_lowest_loss_gives_first_where_more_is_offered_than_wanted():
+    cfg = replace(CFG, n_reallocated=2, growth_factor=1.2)
+    assert plan_widths([64, 64, 40, 40], [1.0, 2.0, 3.0, 4.0], cfg) == (48, 64, 48, 48)
+
+
 def test_nothing_moves_where_the_bounds_leave_no_room():
     assert plan_widths([64, 64, 16, 16], [1.0, 0.9, 0.1, 0.2], CFG) == (64, 64, 16, 16)
 

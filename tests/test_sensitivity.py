@@ -22,6 +22,7 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.ffn import DenseFFN
 from pipeline.heal import divergence
 from pipeline.moe import SparseMoE
+from pipeline.shape import MoEShape
 from pipeline.stages import BUDGET
 from pipeline.stages import budget as stage
 from pipeline.stages import capture as capture_stage
@@ -189,6 +190,11 @@ def test_starts_are_made_from_the_first_rows(model, captured: Path, tmp_path: Pa
     monkeypatch.setattr(sensitivity, "ROWS_PER_NEURON", 1)
     few = measured(model, captured, tmp_path / "few.json")
     assert few.keys() == whole.keys() and few != whole
+
+
+def test_rows_of_a_start_are_enough_for_every_neuron_of_all_experts():
+    shape = MoEShape(16, 4096, 1024, 16, 2, "silu", True, False, "softmax_topk")
+    assert sensitivity.start_rows(shape) == 8 * 16 * 1024
 
 
 def test_first_rows_are_those_of_the_store_and_no_more(captured: Path):

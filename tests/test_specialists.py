@@ -8,6 +8,7 @@ import torch
 from test_fit import Given
 from torch import Tensor
 
+from pipeline import specialists
 from pipeline.errors import ConfigError
 from pipeline.ffn import DenseFFN
 from pipeline.fit import Normal, validation_error
@@ -219,6 +220,64 @@ def test_half_precision_weights_and_rows_start_in_float32():
     assert validation_error(moe, whole) < 0.2
 
 
+def test_the_round_of_the_least_error_is_kept(monkeypatch):
+    """The last one's router is spoilt."""
+    calls = []
+
+    def spoilt(*given):
+        calls.append(fit_router(*given))
+        return torch.zeros_like(calls[-1]) if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr(specialists, "ROUNDS", 2)
+    monkeypatch.setattr(specialists, "fit_router", spoilt)
+    dense = dense_ffn()
+    assert start(dense, shape_of(dense, F // 4, 4), rows_of(dense)).router.weight.count_nonzero()
+
+
+def fitted(dense: DenseFFN, n: int, router: Tensor, train: Tensor, validation: Tensor) -> list:
+    rows = [HiddenRows(dense, x, dense(x)) for x in (train, validation)]
+    every = torch.ones(F, dtype=torch.bool)
+    return specialists._fit_all(dense, shape_of(dense, F // 4, n), every, router, *rows)
+
+
+def test_a_specialist_of_too_few_tokens_is_fitted_to_all():
+    dense = dense_ffn()
+    train, validation = (rows_of(dense).read(s)[0].clone() for s in ("train", "validation"))
+    for x in (train, validation):
+        x[:, 0] = -x[:, 0].abs() - 0.1
+    train[:5, 0] *= -1
+    router = torch.zeros(2, D)
+    router[1, 0] = 1
+    few = fitted(dense, 2, router, train, validation)[1]
+    every = fitted(dense, 1, router[:1], train, validation)[0]
+    assert torch.equal(few[0], every[0]) and torch.equal(few[1], every[1])
+
+
+def test_each_specialist_is_judged_on_the_validation_rows_of_its_own(monkeypatch):
+    powers, best = [], specialists.best_ridge
+
+    def watched(normal, judge, prior):
+        powers.append(judge.power)
+        return best(normal, judge, prior)
+
+    monkeypatch.setattr(specialists, "best_ridge", watched)
+    dense = dense_ffn()
+    (x, _), (x_validation, y_validation) = map(rows_of(dense).read, ("train", "validation"))
+    fitted(dense, 3, torch.randn(3, D, generator=generator(0)), x, x_validation)
+    assert sum(powers) == pytest.approx(float(y_validation.double().square().sum()))
+
+
+def test_the_last_fit_is_to_all_rows(monkeypatch):
+    monkeypatch.setattr(specialists, "ROUND_ROWS", 300)
+    monkeypatch.setattr(specialists, "ROUNDS", 0)
+    dense = dense_ffn()
+    rows, shape = rows_of(dense), shape_of(dense, F // 2, 2)
+    few = Given(train=rows.read("train", 0, 300), validation=rows.read("validation"))
+    one, other = start(dense, shape, rows), start(dense, shape, few)
+    assert torch.equal(one.router.weight, other.router.weight)
+    assert not torch.equal(one.down_proj, other.down_proj)
+
+
 # Pruning
 
 
@@ -282,6 +341,16 @@ def test_many_neurons_go_in_a_bounded_number_of_steps(monkeypatch):
         assert len(kept) == 10
         found.append(refitted_error(x, y, kept))
     assert found[1] < 1.3 * found[0]
+
+
+@pytest.mark.parametrize(("dense", "kept"), [([1, 5, 0.1], [0, 1]), ([1, 0.1, 5], [0, 2])])
+def test_of_neurons_that_no_row_wakes_the_one_of_larger_dense_weight_stays(dense, kept):
+    x = torch.zeros(20, 3).double()
+    x[:, 0] = 1
+    normal = Normal(3, 1)
+    normal.add(x, x[:, :1])
+    weight = torch.tensor(dense).double()[:, None]
+    assert prune(normal, weight, torch.ones(3).bool(), 2).tolist() == kept
 
 
 # The router

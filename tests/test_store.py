@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,42 @@ def test_reader_epochs_that_are_streamed_by_turns_do_not_mix(tmp_path):
     for k, alone in enumerate(apart):
         for expected, found in zip(alone, (turn[k] for turn in by_turns), strict=True):
             assert all(map(torch.equal, expected, found))
+
+
+def test_other_chunks_are_mixed_together_in_another_epoch(tmp_path):
+    writer = LayerWriter.open(
+        tmp_path / "layer_0.zarr",
+        rows={"train": 1600},
+        d_model=4,
+        dtype=torch.float32,
+        sequence_length=8,
+        codec=Codec.none,
+        shard_mb=1,
+        chunk_mb=8 * 4 * 4 / 1e6,
+        attributes={},
+    )
+    writer.write_shard("train", 0, torch.zeros(1600, 4), torch.zeros(1600, 4))
+    reader = LayerReader(tmp_path / "layer_0.zarr")
+    plans = [reader._plan("train", 0, epoch, False) for epoch in (0, 1, 0)]
+    assert plans[0] == plans[2] != plans[1]
+
+
+def test_a_refusal_names_the_token_of_rows_that_come_in_pieces(tmp_path):
+    writer = LayerWriter.open(
+        tmp_path / "layer_0.zarr",
+        rows={"train": 64},
+        d_model=4,
+        dtype=torch.float32,
+        sequence_length=8,
+        codec=Codec.fast,
+        shard_mb=1,
+        chunk_mb=0.001,
+        attributes={},
+    )
+    shard, x = writer.begin("train", 0), torch.zeros(24, 4)
+    with ThreadPoolExecutor(1) as threads:
+        shard.add(0, x, threads)
+        bad = x.clone()
+        bad[5, 1] = math.nan
+        with pytest.raises(InputError, match="at token 29, channel 1"):
+            shard.add(0, bad, threads)

@@ -10,6 +10,7 @@ import torch
 from test_start import D, F, dense_ffn, plan_of, write_store
 from test_training import MOE, PLAIN, Stored, assert_equal, column, states, weights
 
+from pipeline import training
 from pipeline.config import Growth, RouterInit
 from pipeline.layers import load_layer, read_history
 from pipeline.moe import SparseMoE
@@ -152,6 +153,25 @@ def test_every_setting_of_dynamic_experts_changes_the_layer(stored, tmp_path, ke
     assert weights(tmp_path / "0") != weights(tmp_path / "1")
 
 
+def test_each_reallocation_is_by_the_losses_since_the_last(stored, tmp_path, monkeypatch):
+    counted, reallocate = [], training._reallocate
+
+    def watched(fit: Any) -> None:
+        counted.append(float(fit.losses.count_E.sum()))
+        reallocate(fit)
+
+    monkeypatch.setattr(training, "_reallocate", watched)
+    fit(stored, tmp_path, moe_cfg=DYNAMIC)
+    assert len(counted) == 6 and len(set(counted)) == 1
+
+
+def test_no_sizes_change_after_the_last_step(stored, tmp_path):
+    halves = replace(DYNAMIC, dynamic=replace(DYNAMIC.dynamic, reallocate_every_n_steps=16))
+    fit(stored, tmp_path, moe_cfg=halves)
+    told = load_layer(tmp_path)[1]["training"]
+    assert told["steps"] == 32 and [entry["step"] for entry in told["sizes"]] == [0, 16]
+
+
 # Experts that choose
 
 
@@ -251,6 +271,13 @@ def test_per_token_losses_have_the_mean_of_the_loss(stored):
         objective = Objective(stored[1], cfg, torch.device("cpu"), torch.float32)
         total = float(sum(objective.reconstruction(x, y)))
         assert float(objective.losses(x, y).mean()) == pytest.approx(total, rel=1e-5)
+
+
+def test_a_balance_bias_moves_by_its_rate_at_every_step(stored, tmp_path):
+    """Whatever the schedule of the learning rate."""
+    moe = fit(stored, tmp_path, shape={"balance_bias": True}, balance_bias_rate=2.0**-6)
+    steps = moe.router.balance_bias * 2**6
+    assert steps.count_nonzero() and torch.equal(steps, steps.round())
 
 
 # Without the captured rows
