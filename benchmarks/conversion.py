@@ -1,8 +1,10 @@
-"""The assembly of a checkpoint beside a copy of the same bytes, and what memory it takes.
+"""A conversion beside a copy of the bytes that it makes, and what memory it takes.
 
 A Llama of random weights in several shards, and layers of four experts of a quarter, one per token:
-as many bytes out as in. The assembly reads the dense model and the layers, writes the checkpoint
-and proves it tensor by tensor, as for a model larger than memory. The copy is made durable too.
+as many bytes out as in. It is all that `python -m pipeline.stages.convert` does with three paths,
+but for imports: the dense model and the layers (twice the bytes, in float32) are hashed and read,
+the checkpoint is written, proved tensor by tensor as where no model fits the memory, and sealed.
+The copy is made durable too.
 """
 
 import json
@@ -13,18 +15,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import measure
 from benchmarks.measure import Row
 from benchmarks.models import VOCAB, llama
-from pipeline import checkpoint, proof
+from pipeline import artifacts, preflight
+from pipeline.config import ConvertConfig, RuntimeConfig
 from pipeline.layers import save_layer
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
+from pipeline.stages import convert
 
 SIZES = ((2048, 12), (2048, 48))  # d_model, layers
 TINY = ((64, 2),)
@@ -38,19 +43,19 @@ def rows(quick: bool) -> Iterator[Row]:
 
 def _rows(folder: Path, d_model: int, n_layers: int) -> Iterator[Row]:
     make(folder, d_model, n_layers)
-    line = [sys.executable, "-m", "benchmarks.conversion", str(folder)]  # assembles once
+    line = [sys.executable, "-m", "benchmarks.conversion", str(folder)]  # converts once
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     made = sum(p.stat().st_size for p in (folder / "sparse").glob("*.safetensors")) / 1e9
     size = f"{n_layers} layers, d {d_model}, {made:.2g} GB"
     seconds = measure.turns(
         {
-            "ours": lambda: assemble(folder),
+            "ours": lambda: convert_alone(folder),
             "copy": lambda: copy(folder / "sparse", folder / "copy"),
         },
         warm_ups=0,
     )
     yield measure.compare(
-        "conversion, assembled and proved / a durable copy of its bytes",
+        "conversion, from three paths to a sealed checkpoint / a durable copy of its bytes",
         seconds["ours"],
         seconds["copy"],
         size=size,
@@ -93,22 +98,17 @@ def make(folder: Path, d_model: int, n_layers: int) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
         (folder / f"layer_{k}").mkdir()
         save_layer(moe, folder / f"layer_{k}", {"layer": k, "host": "mixtral"})
+        artifacts.write_manifest(folder / f"layer_{k}", {"module": "pipeline.stages.train"})
 
 
-def assemble(folder: Path) -> None:
-    """As `checkpoint.assemble`, where the memory would not hold one model."""
+def convert_alone(folder: Path) -> None:
+    """As where the memory would not hold one model."""
     shutil.rmtree(folder / "sparse", ignore_errors=True)
-    found = {int(p.name.removeprefix("layer_")): p for p in folder.glob("layer_*")}
-    how = {"dtype": "auto", "revision": None, "trust_remote_code": False}
-
-    def in_memory() -> PreTrainedModel:
-        raise AssertionError("free=0 rules it out")
-
-    with proof.FreshProcess() as fresh:
-        conversion = checkpoint.Conversion(str(folder / "dense"), found, {}, how)
-        written = conversion.write(folder / "sparse", "200MB")
-        vocab_size = conversion.described["vocab_size"]
-        proof.prove(fresh, folder / "sparse", written, in_memory, vocab_size, 0.0, free=0)
+    paths = {"dense": folder / "dense", "layers": folder, "output": folder / "sparse"}
+    given = {name: str(path) for name, path in paths.items()}
+    cfg = ConvertConfig(**given, max_shard_size="200MB")
+    with mock.patch.object(preflight, "free_memory", lambda: 0):
+        convert.run_alone(cfg, RuntimeConfig())
 
 
 def copy(source: Path, target: Path) -> None:
@@ -121,9 +121,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Assemble what lies in a folder; prints this process's peak and the size of a layer."""
+    """Convert what lies in a folder; prints this process's peak and the size of a layer."""
     folder = Path(sys.argv[1])
-    assemble(folder)
+    convert_alone(folder)
     peak = measure.peak_bytes()
     layer = sum(p.stat().st_size for p in (folder / "layer_0").iterdir())
     print(json.dumps({"bytes": peak, "layer": layer}))
