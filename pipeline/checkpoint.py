@@ -23,11 +23,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline import dense, hosts, pretrained, proof, weights
+from pipeline import artifacts, dense, hosts, pretrained, proof, weights
 from pipeline.assembly import read_norms, replace_ffns, set_norms
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.layers import check_weights, layer_folders, load_layer, read_shape
 from pipeline.moe import SparseMoE
+from pipeline.record import WEIGHTS
 from pipeline.shape import MoEShape
 
 
@@ -184,12 +185,12 @@ class Conversion:
             found = weights.Resident(dense.load_model(self.source, **self.how).state_dict())
         with ThreadPoolExecutor(1) as thread:
             paths = deque(self.folders.values())
-            sound = thread.submit(check_weights, paths.popleft())
+            sound = thread.submit(_check_exposing, paths.popleft())
             yield from self._kept(found)
             for k, path in self.folders.items():  # no name keeps a layer while the next is read
                 sound.result()
                 if paths:
-                    sound = thread.submit(check_weights, paths.popleft())
+                    sound = thread.submit(_check_exposing, paths.popleft())
                 yield from self._placed(
                     k, pad_experts(load_layer(path, mapped=True)[0], self.stored[k])
                 ).items()
@@ -221,6 +222,15 @@ class Conversion:
             for name, tensor in moe.state_dict().items()
         }
         return self.host.layer(self.described, layer, tensors)
+
+
+def _check_exposing(folder: Path) -> None:
+    """`check_weights`, and DVC sees what rotted, as of any artefact."""
+    try:
+        check_weights(folder)
+    except ArtifactError:
+        artifacts.expose(folder / WEIGHTS)
+        raise
 
 
 def _replace(

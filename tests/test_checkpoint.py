@@ -845,10 +845,14 @@ def test_convert_alone_refuses_weights_of_a_layer_that_are_damaged(
     prepared: Folders, tmp_path: Path
 ):
     shutil.copytree(prepared.layers, tmp_path / "layers")
-    flip_a_weight(tmp_path / "layers" / "layer_1")
+    path = tmp_path / "layers" / "layer_1" / "layer.safetensors"
+    flip_a_weight(path.parent)
+    os.utime(path, (1, 1))
+    path.chmod(0o444)  # as DVC's cache has it
     with pytest.raises(ArtifactError, match="layer_1"):
         alone_into(tmp_path / "sparse", tmp_path / "layers", prepared.dense)
     assert not (tmp_path / "sparse").exists()
+    assert path.stat().st_mtime > 1 and path.stat().st_mode & 0o200, "DVC sees that it changed"
 
 
 @pytest.mark.slow
