@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets  # noqa: F401 - its logger keeps the stream that it finds: not one of a single test
 import pytest
 
 PROJECT = Path(__file__).parent.parent

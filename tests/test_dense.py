@@ -138,9 +138,11 @@ def test_layers_that_the_model_lacks_are_refused():
 
 
 def test_a_missing_model_is_refused_in_one_line_with_the_token_hint(tmp_path: Path):
-    for call in (dense.load_model, pretrained.load_tokenizer, dense.resolve):
+    for call in (dense.load_model, dense.resolve):
         with pytest.raises(InputError, match="HF_TOKEN"):
             call(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        pretrained.load_tokenizer(str(tmp_path / "nowhere"))
 
 
 def test_a_pickled_model_is_not_opened(tmp_path: Path):
