@@ -338,10 +338,11 @@ def test_reader_epochs_that_are_streamed_by_turns_do_not_mix(tmp_path):
             assert all(map(torch.equal, expected, found))
 
 
-def test_other_chunks_are_mixed_together_in_another_epoch(tmp_path):
-    writer = LayerWriter.open(
-        tmp_path / "layer_0.zarr",
-        rows={"train": 1600},
+def in_one_shard(folder: Path, rows: int) -> LayerWriter:
+    """In chunks of 8 rows."""
+    return LayerWriter.open(
+        folder / "layer_0.zarr",
+        rows={"train": rows},
         d_model=4,
         dtype=torch.float32,
         sequence_length=8,
@@ -350,6 +351,10 @@ def test_other_chunks_are_mixed_together_in_another_epoch(tmp_path):
         chunk_mb=8 * 4 * 4 / 1e6,
         attributes={},
     )
+
+
+def test_other_chunks_are_mixed_together_in_another_epoch(tmp_path):
+    writer = in_one_shard(tmp_path, 1600)
     writer.write_shard("train", 0, torch.zeros(1600, 4), torch.zeros(1600, 4))
     reader = LayerReader(tmp_path / "layer_0.zarr")
     plans = [reader._plan("train", 0, epoch, False) for epoch in (0, 1, 0)]
@@ -357,17 +362,7 @@ def test_other_chunks_are_mixed_together_in_another_epoch(tmp_path):
 
 
 def test_a_refusal_names_the_token_of_rows_that_come_in_pieces(tmp_path):
-    writer = LayerWriter.open(
-        tmp_path / "layer_0.zarr",
-        rows={"train": 64},
-        d_model=4,
-        dtype=torch.float32,
-        sequence_length=8,
-        codec=Codec.fast,
-        shard_mb=1,
-        chunk_mb=0.001,
-        attributes={},
-    )
+    writer = in_one_shard(tmp_path, 64)
     shard, x = writer.begin("train", 0), torch.zeros(24, 4)
     with ThreadPoolExecutor(1) as threads:
         shard.add(0, x, threads)
