@@ -68,7 +68,6 @@ def test_oracle_of_one_expert_is_the_best_there_is(gated_bias, function):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_oracle_of_one_expert_beside_a_shared_one_is_the_best_there_is():
     moe, ffn, x = layer(replace(SHAPE, top_k=1, d_ff_shared=16)), dense_ffn(), tokens()
     y_hat, _ = OracleMoE(moe, ffn).forward_routed(x)
@@ -77,6 +76,7 @@ def test_oracle_of_one_expert_beside_a_shared_one_is_the_best_there_is():
     torch.testing.assert_close(errors(y_hat, ffn(x)), each.min(dim=0).values)
 
 
+@torch.no_grad()
 def test_oracle_adds_the_expert_that_leaves_the_least_error():
     """Greedy: the first alone is the best, and the second the best beside it; or the router's."""
     moe, ffn, x = layer(), dense_ffn(), tokens()
