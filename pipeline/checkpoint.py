@@ -7,8 +7,9 @@ proved (`proof.py`) that the checkpoint computes what the layers in the dense mo
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from pipeline.layers import check_weights, layer_folders, load_layer, read_shape
 from pipeline.moe import SparseMoE
 from pipeline.record import WEIGHTS
 from pipeline.shape import MoEShape
+
+AHEAD = 2
+"""Layers that are hashed while one is written: one thread waits for the disk, one computes."""
 
 
 def convert_to_sparse(
@@ -83,8 +87,8 @@ def assemble(
 ) -> dict[str, str]:
     """Write the sparse checkpoint of the dense model `source` to `folder`, and prove it.
 
-    All on the CPU: a model that fits the host's memory need not fit a GPU's. Returns what
-    `proof.prove` does.
+    All on the CPU: a model that fits the host's memory need not fit a GPU's. Returns the SHA-256
+    of the files that were read again for the proof, by name.
 
     Args:
         norms: healed ones, by name; null = the dense model's own.
@@ -98,13 +102,17 @@ def assemble(
     how = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     with proof.FreshProcess() as fresh:
         conversion = Conversion(source, folders, norms or {}, how)
-        written = conversion.write(folder, max_shard_size)
+        if not proof.fits(conversion.planned()):
+            with proof.ReadBack(fresh) as read_back:
+                written = conversion.write(folder, max_shard_size, read_back.follow)
+                return read_back.compare(written)
 
         def in_memory() -> PreTrainedModel:
             return conversion.put_into(dense.load_model(source, **how))
 
-        vocab_size = conversion.described["vocab_size"]
-        return proof.prove(fresh, folder, written, in_memory, vocab_size, tolerance)
+        conversion.write(folder, max_shard_size)
+        proof.prove(fresh, folder, in_memory, conversion.described["vocab_size"], tolerance)
+        return {}
 
 
 class Conversion:
@@ -148,8 +156,13 @@ class Conversion:
         own = weights.persistent(self.skeleton)
         self.kept = {name: t for name, t in own.items() if not name.startswith(below)}
 
-    def write(self, folder: Path, max_shard_size: str) -> dict[str, int]:
-        """The checkpoint: configuration, weights, tokenizer; returns the weights' checksums."""
+    def write(
+        self,
+        folder: Path,
+        max_shard_size: str,
+        final: Callable[[Path, int], object] = lambda path, end: None,
+    ) -> dict[str, int]:
+        """The checkpoint: configuration, weights, tokenizer; as `weights.write`."""
         config = AutoConfig.for_model(
             self.host.model_type, **self.host.config(self.described, self.shapes)
         )
@@ -162,7 +175,7 @@ class Conversion:
         tokenizer = pretrained.load_tokenizer(self.source, **self.loading)
         hosted.save_pretrained(folder, state_dict={})
         tokenizer.save_pretrained(folder)
-        return weights.write(folder, self.planned(), self.tensors(), max_shard_size)
+        return weights.write(folder, self.planned(), self.tensors(), max_shard_size, final)
 
     def planned(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint, on the meta device."""
@@ -176,21 +189,20 @@ class Conversion:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same, one after the other; each sparse layer is read when its turn comes.
 
-        It is held against its digest right before, while the one before it is written, so that it
+        It is held against its digest right before, while those before it are written, so that it
         comes from the disk once.
         """
         found = weights.find(self.skeleton, self.kept, self.source, self.how["revision"])
         if isinstance(found, str):
             print(f"the dense model is read as a whole, since {found}", flush=True)
             found = weights.Resident(dense.load_model(self.source, **self.how).state_dict())
-        with ThreadPoolExecutor(1) as thread:
-            paths = deque(self.folders.values())
-            sound = thread.submit(_check_exposing, paths.popleft())
+        with ThreadPoolExecutor(AHEAD) as threads:
+            paths = iter(self.folders.values())
+            sound = deque(threads.submit(_check_exposing, path) for path in islice(paths, AHEAD))
             yield from self._kept(found)
             for k, path in self.folders.items():  # no name keeps a layer while the next is read
-                sound.result()
-                if paths:
-                    sound = thread.submit(_check_exposing, paths.popleft())
+                sound.popleft().result()
+                sound += [threads.submit(_check_exposing, path) for path in islice(paths, 1)]
                 yield from self._placed(
                     k, pad_experts(load_layer(path, mapped=True)[0], self.stored[k])
                 ).items()

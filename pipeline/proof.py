@@ -6,9 +6,9 @@ in the dense model's place, in memory. Both compute in float32, on equal weights
 after the other, so that one model is in memory at a time. The process is started before the
 checkpoint is written: importing transformers takes seconds.
 
-Where even one does not fit, the logits are left out: every tensor on disk is held against the
-checksum that was taken when it was written, and the fresh process opens the checkpoint without its
-weights.
+Where even one does not fit, the logits are left out: every file is read again while it is
+written, each tensor held against the checksum that was taken when it was written, and the fresh
+process opens the checkpoint by the headers of its files.
 """
 
 import gc
@@ -16,14 +16,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,49 +85,105 @@ class FreshProcess:
             )
 
 
+def fits(planned: Mapping[str, Tensor], free: int | None = None) -> bool:
+    """Whether a model of these tensors can compute here, in float32; tells what is proved then.
+
+    Args:
+        free: bytes of memory that may be used; null = what the system says.
+    """
+    needed = round(NEEDED * 4 * sum(tensor.numel() for tensor in planned.values()))
+    free = preflight.free_memory() if free is None else free
+    if free is None or needed <= free:
+        print("proof: the logits of a fresh process against those in memory", flush=True)
+        return True
+    sizes = f"{needed / 1e9:.2g} GB in float32, {free / 1e9:.2g} GB of memory are free"
+    print(f"proof: every tensor as it was written, and no logits ({sizes})", flush=True)
+    return False
+
+
 def prove(
     fresh: FreshProcess,
     folder: Path,
-    written: Mapping[str, int],
     in_memory: Callable[[], PreTrainedModel],
     vocab_size: int,
     tolerance: float,
-    free: int | None = None,
-) -> dict[str, str]:
-    """Raise `ArtifactError` where the checkpoint in `folder` is not what was converted.
-
-    Returns the SHA-256 of the files that were read to the last byte, by name.
+) -> None:
+    """Raise `ArtifactError` where the checkpoint in `folder` does not compute what was converted.
 
     Args:
-        written: what `weights.write` returned for it.
-        in_memory: gives the model to compare with; called where it fits.
-        free: bytes of memory that may be used; null = what the system says.
+        in_memory: gives the model to compare with.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    needed = round(NEEDED * 4 * sum(map(_count, files)))
-    free = preflight.free_memory() if free is None else free
-    sizes = f"{needed / 1e9:.2g} GB in float32, {(free or 0) / 1e9:.2g} GB of memory are free"
-    if free is None or needed <= free:
-        print("proof: the logits of a fresh process against those in memory", flush=True)
-        expected = reload.compute(in_memory().float(), probe(vocab_size), NEW_TOKENS)
-        gc.collect()
-        compare(expected, fresh.compute(folder, vocab_size), tolerance, folder)
-        return {}
-    print(f"proof: every tensor as it was written, and no logits ({sizes})", flush=True)
-    with ThreadPoolExecutor(1) as thread:
-        opened = thread.submit(fresh.open, folder)
-        digests = compare_tensors(files, written)
-        opened.result()
-    return digests
+    expected = reload.compute(in_memory().float(), probe(vocab_size), NEW_TOKENS)
+    gc.collect()
+    compare(expected, fresh.compute(folder, vocab_size), tolerance, folder)
 
 
-def _count(path: Path) -> int:
-    """Values in a file."""
-    with safe_open(path, framework="pt") as file:
-        return sum(
-            torch.Size(file.get_slice(name).get_shape()).numel()
-            for name in file.keys()  # noqa: SIM118
-        )
+class ReadBack:
+    """A checkpoint's files, read again close behind their writer, and opened without weights.
+
+    Args:
+        fresh: opens the checkpoint when the first tensor is there.
+    """
+
+    def __init__(self, fresh: FreshProcess) -> None:
+        self._fresh = fresh
+        self._opened: Future[None] | None = None
+        self._reads: dict[Path, Future[tuple[dict[str, int], str]]] = {}
+        self._ends: dict[Path, int] = {}
+        self._grown = threading.Condition()
+        self._complete = self._left = False
+
+    def __enter__(self) -> Self:
+        self._threads = ThreadPoolExecutor(2)  # one opens, one reads file after file
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        with self._grown:
+            self._left = True
+            self._grown.notify_all()
+        self._threads.shutdown(wait=False, cancel_futures=True)  # its process is ended after it
+
+    def follow(self, path: Path, end: int) -> None:
+        """Up to `end` a file is as it will be; returns at once."""
+        with self._grown:
+            self._ends[path] = end
+            self._grown.notify_all()
+        self._opened = self._opened or self._threads.submit(self._fresh.open, path.parent)
+        if path not in self._reads:
+            read = self._threads.submit(weights.checksums, path, partial(self._wait, path))
+            self._reads[path] = read
+
+    def _wait(self, path: Path, end: int) -> None:
+        with self._grown:
+            self._grown.wait_for(lambda: self._left or self._complete or self._ends[path] >= end)
+        if self._left:
+            raise CancelledError
+
+    def compare(self, written: Mapping[str, int]) -> dict[str, str]:
+        """Raise `ArtifactError` where the files do not hold what was written, or do not open.
+
+        All of them are written by then. Returns the SHA-256 of each file by name.
+
+        Args:
+            written: what `weights.write` returned for them.
+        """
+        with self._grown:
+            self._complete = True
+            self._grown.notify_all()
+        found: dict[str, int] = {}
+        digests: dict[str, str] = {}
+        for path, read in self._reads.items():
+            try:
+                tensors, digests[path.name] = read.result()
+            except ValueError as error:
+                raise _other(f"{path.name}: {error}") from None
+            found |= tensors
+        differing = sorted(name for name, _ in found.items() ^ written.items())
+        if differing:
+            raise _other(f"{', '.join(dict.fromkeys(differing))} differ from what was written")
+        if self._opened:
+            self._opened.result()
+        return digests
 
 
 def probe(vocab_size: int) -> Tensor:
@@ -152,26 +209,6 @@ def compare(
             rule=f"at most convert.tolerance={tolerance}, and the same continuation",
             remedy="this is a defect of ours: please report it with the model's name",
         )
-
-
-def compare_tensors(files: Iterable[Path], written: Mapping[str, int]) -> dict[str, str]:
-    """Raise `ArtifactError` where the tensors on disk are not those that were written.
-
-    Returns the SHA-256 of each file by name.
-    """
-    found: dict[str, int] = {}
-    digests: dict[str, str] = {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        for path, read in [(path, threads.submit(weights.checksums, path)) for path in files]:
-            try:
-                tensors, digests[path.name] = read.result()
-            except ValueError as error:
-                raise _other(f"{path.name}: {error}") from None
-            found |= tensors
-    differing = sorted(name for name, _ in found.items() ^ written.items())
-    if differing:
-        raise _other(f"{', '.join(dict.fromkeys(differing))} differ from what was written")
-    return digests
 
 
 def _other(what: str) -> ArtifactError:

@@ -3,7 +3,7 @@
 It imports transformers, and then waits for its job, one JSON object on standard input:
 
 {"checkpoint": ..., "ids": [[...]], "new_tokens": ..., "output": ...}    computes, to safetensors
-{"checkpoint": ...}    opens it without its weights
+{"checkpoint": ...}    opens it by the headers of its files: of the weights nothing is read
 """
 
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 
 @torch.inference_mode()
@@ -34,22 +35,46 @@ def compute(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[
     return {"logits": logits.cpu(), "generated": generated[:, ids.shape[1] :].cpu().contiguous()}
 
 
-def opened(checkpoint: str, **how: Any) -> PreTrainedModel:
-    """The model; ends the process where a tensor is missing, left over or of another shape."""
-    recorded = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+def opened(checkpoint: Path, **how: Any) -> PreTrainedModel:
+    """The model; ends the process where a tensor is missing, left over or of another shape.
+
+    Args:
+        how: `dtype`, or `device_map="meta"` for a model that holds no weights.
+    """
+    recorded = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     encoder = recorded["architectures"] == ["SparseDistilledModel"]
-    loaded = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
-        checkpoint,
-        trust_remote_code=recorded["model_type"] == "sparse_distilled",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the info too, and refused below by name
-        **how,
-    )
-    model, info = loaded  # type: ignore[misc]
+    auto: Any = AutoModel if encoder else AutoModelForCausalLM
+    own = {"trust_remote_code": recorded["model_type"] == "sparse_distilled"}
+    how |= {"output_loading_info": True}
+    how |= {"ignore_mismatched_sizes": True}  # they are in the info too, and refused below by name
+    if how.get("device_map") == "meta":
+        config = AutoConfig.from_pretrained(checkpoint, **own)
+        with torch.device("meta"):
+            model_class = type(auto.from_config(config, **own))
+        found = described(checkpoint)
+        model, info = model_class.from_pretrained(None, config=config, state_dict=found, **how)
+    else:
+        model, info = auto.from_pretrained(checkpoint, **own, **how)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         sys.exit(f"tensors: {wrong}")
     return model.eval()
+
+
+def described(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors that its files hold, on the meta device, as their headers have them."""
+    index = checkpoint / "model.safetensors.index.json"
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {"model.safetensors"}
+    found = {}
+    for name in sorted(names):
+        with safe_open(checkpoint / name, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118
+                shape = file.get_slice(tensor).get_shape()
+                found[tensor] = torch.empty(shape, device="meta")
+    return found
 
 
 def main() -> None:
@@ -57,10 +82,11 @@ def main() -> None:
     if not asked:  # whoever started it is gone
         return
     job = json.loads(asked)
+    checkpoint = Path(job["checkpoint"])
     if "ids" not in job:
-        opened(job["checkpoint"], device_map="meta")
+        opened(checkpoint, device_map="meta")
         return
-    model = opened(job["checkpoint"], dtype=torch.float32)
+    model = opened(checkpoint, dtype=torch.float32)
     save_file(compute(model, torch.tensor(job["ids"]), job["new_tokens"]), job["output"])
 
 

@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from crc32c import crc32c
@@ -137,6 +137,7 @@ def write(
     planned: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: str,
+    final: Callable[[Path, int], object] = lambda path, end: None,
 ) -> dict[str, int]:
     """Write safetensors files as `save_pretrained` names them, one tensor after the other.
 
@@ -145,6 +146,8 @@ def write(
     Args:
         planned: every tensor of the checkpoint, on the meta device.
         tensors: all of them, in any order, with the shapes and dtypes of `planned`.
+        final: told with each tensor how far from its beginning a file is as it will be. The index,
+            and the headers of all files, are there before.
 
     Raises:
         ConfigError: `max_shard_size` is no size.
@@ -160,29 +163,69 @@ def write(
     total = sum(t.numel() * t.itemsize for t in planned.values())
     lever = "fewer or narrower experts (moe.n_experts, moe.d_ff_expert) take less in proportion"
     preflight.check_disk("the checkpoint", folder, max(0, total - taken), [lever])
-    written: dict[str, int] = {}
-    with ExitStack() as opened:
-        places: dict[str, tuple[Any, int]] = {}
-        for filename, names in split.filename_to_tensors.items():
-            file = opened.enter_context((folder / filename).open("wb"))
-            starts = _write_header(file, {name: planned[name] for name in names})
-            places |= {name: (file, start) for name, start in starts.items()}
-        for name, tensor in tensors:
-            file, start = places.pop(name)
-            assert (tensor.shape, tensor.dtype) == (planned[name].shape, planned[name].dtype), name
-            raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            file.seek(start)
-            file.write(raw.data)
-            written[name] = crc32c(raw.data)
-        assert not places, f"not given: {', '.join(places)}"
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         durable.write_json(folder / INDEX, index)
+    written: dict[str, int] = {}
+    with ExitStack() as opened:
+        files: dict[str, _Growing] = {}
+        for filename, names in split.filename_to_tensors.items():
+            file = opened.enter_context((folder / filename).open("wb"))
+            growing = _Growing(file, {name: planned[name] for name in names})
+            files |= dict.fromkeys(names, growing)
+        for name, tensor in tensors:
+            file = files.pop(name)
+            assert (tensor.shape, tensor.dtype) == (planned[name].shape, planned[name].dtype), name
+            raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.put(name, raw)
+            written[name] = crc32c(raw)
+            final(file.path, file.final)
+        assert not files, f"not given: {', '.join(files)}"
     return written
 
 
-def checksums(path: Path) -> tuple[dict[str, int], str]:
+class _Growing:
+    """A safetensors file at its full size, its header written, that takes tensors in any order."""
+
+    def __init__(self, file: BinaryIO, planned: Mapping[str, Tensor]) -> None:
+        self.path = Path(file.name)
+        self._file = file
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):  # aligned
+            start, end = end, end + tensor.itemsize * math.prod(tensor.shape)
+            header[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        below = file.tell()
+        self._size = below + end
+        file.truncate(self._size)
+        del header["__metadata__"]
+        self._starts = {name: below + told["data_offsets"][0] for name, told in header.items()}
+
+    def put(self, name: str, raw: memoryview) -> None:
+        self._file.seek(self._starts.pop(name))
+        self._file.write(raw)
+        self._file.flush()
+
+    @property
+    def final(self) -> int:
+        """Where the first tensor begins that is not there yet."""
+        return next(iter(self._starts.values()), self._size)
+
+
+def checksums(
+    path: Path, wait: Callable[[int], object] = lambda end: None
+) -> tuple[dict[str, int], str]:
     """As `write` returns them, of a file on disk, and the SHA-256 of all of it: it is read once.
+
+    Args:
+        wait: called before a tensor is read, with where it ends.
 
     Raises:
         ValueError: it is no safetensors file.
@@ -202,6 +245,7 @@ def checksums(path: Path) -> tuple[dict[str, int], str]:
             first, last = described["data_offsets"]
             if first != end:
                 raise ValueError(f"{name} does not begin where the tensor before it ends")
+            wait(8 + size + last)
             crc, left, end = 0, last - first, last
             while left and (block := read(min(READ_BLOCK, left))):
                 crc, left = crc32c(block, crc), left - len(block)
@@ -209,22 +253,3 @@ def checksums(path: Path) -> tuple[dict[str, int], str]:
         if read(1):
             raise ValueError("something follows its tensors")
     return found, whole.hexdigest()
-
-
-def _write_header(file: Any, planned: Mapping[str, Tensor]) -> dict[str, int]:
-    """Write it, make the file as large as it will be, and tell where each tensor begins."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):  # aligned
-        start, end = end, end + tensor.itemsize * math.prod(tensor.shape)
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    below = file.tell()
-    file.truncate(below + end)
-    return {name: below + header[name]["data_offsets"][0] for name in planned}

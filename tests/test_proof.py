@@ -1,6 +1,7 @@
 """A checkpoint is opened in a fresh process, and refused where it is not what was converted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -142,53 +143,106 @@ def test_a_fresh_process_whose_parent_is_gone_ends_by_itself():
 # How it is proved, and by what
 
 
-def not_called() -> tf.PreTrainedModel:
-    raise AssertionError("the model was built")
-
-
 @pytest.mark.slow
-def test_prove_compares_logits_where_the_model_fits(
+def test_prove_compares_the_logits_of_a_fresh_process(
     conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
 ):
     model = conversion.put_into(tf.AutoModelForCausalLM.from_pretrained(conversion.source))
     with proof.FreshProcess() as fresh:
-        read = proof.prove(fresh, written, {}, lambda: model.eval(), 64, 1e-4, free=10**9)
-    assert read == {}
-    told = capsys.readouterr().out
-    assert "the logits of a fresh process" in told and "largest logit difference" in told
+        proof.prove(fresh, written, lambda: model.eval(), 64, 1e-4)
+    assert "largest logit difference" in capsys.readouterr().out
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] += 0.1
     other = pytest.raises(ArtifactError, match="does not compute what the model in memory does")
     with proof.FreshProcess() as fresh, other:
-        proof.prove(fresh, written, {}, lambda: model, 64, 1e-4, free=10**9)
+        proof.prove(fresh, written, lambda: model, 64, 1e-4)
+
+
+def test_the_logits_are_compared_where_the_model_fits_and_it_is_said(
+    conversion: Conversion, capsys: pytest.CaptureFixture[str]
+):
+    planned = conversion.planned()
+    needed = round(1.5 * 4 * sum(t.numel() for t in planned.values()))
+    assert proof.fits(planned, free=needed)
+    assert "the logits of a fresh process" in capsys.readouterr().out
+    assert not proof.fits(planned, free=needed - 1)
+    assert "every tensor as it was written, and no logits" in capsys.readouterr().out
+
+
+class NoProcess(proof.FreshProcess):
+    """Opens anything; `opened` says what."""
+
+    def __init__(self) -> None:
+        self.opened: list[Path] = []
+
+    def open(self, folder: Path) -> None:
+        self.opened.append(folder)
 
 
 @pytest.mark.slow
-def test_prove_builds_no_model_where_none_fits_and_says_so(
-    conversion: Conversion, written: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("size", ["20KB", "2GB"])
+def test_what_is_written_is_read_again_and_opened(
+    conversion: Conversion, tmp_path: Path, size: str
 ):
-    needed = 1.5 * 4 * sum(t.numel() for t in conversion.planned().values())
-    with proof.FreshProcess() as fresh:
-        free = round(needed) - 1
-        read = proof.prove(fresh, written, checksums(written), not_called, 64, 1e-4, free=free)
-    assert read == {p.name: artifacts.file_digest(p) for p in written.glob("*.safetensors")}
-    assert "every tensor as it was written, and no logits" in capsys.readouterr().out
-    with proof.FreshProcess() as fresh, pytest.raises(AssertionError, match="was built"):
-        proof.prove(fresh, written, {}, not_called, 64, 1e-4, free=round(needed) + 1)
+    folder = tmp_path / "sparse"
+    with proof.FreshProcess() as fresh, proof.ReadBack(fresh) as read_back:
+        digests = read_back.compare(conversion.write(folder, size, read_back.follow))
+        assert fresh.process.returncode == 0
+    assert digests == {p.name: artifacts.file_digest(p) for p in folder.glob("*.safetensors")}
 
 
-def checksums(folder: Path) -> dict[str, int]:
-    files = folder.glob("*.safetensors")
-    return {name: crc for path in files for name, crc in weights.checksums(path)[0].items()}
+@pytest.mark.parametrize("wrong", ["missing_keys", "nothing"])
+def test_a_checkpoint_that_does_not_open_is_refused(
+    conversion: Conversion, written: Path, tmp_path: Path, wrong: str
+):
+    def no_process(folder: Path) -> None:
+        raise ArtifactError("It does not open.", value=wrong, rule="", remedy="")
+
+    fresh = NoProcess()
+    fresh.open = no_process if wrong == "missing_keys" else fresh.open
+    with proof.ReadBack(fresh) as read_back:
+        crcs = conversion.write(tmp_path / "sparse", "20KB", read_back.follow)
+        if wrong == "missing_keys":
+            with pytest.raises(ArtifactError, match="missing_keys"):
+                read_back.compare(crcs)
+        else:
+            read_back.compare(crcs)
+            assert fresh.opened == [tmp_path / "sparse"]
+
+
+def test_reading_waits_for_what_is_not_written_yet(tmp_path: Path):
+    """A tensor is read once it is there, and one that never comes holds nobody up."""
+    path, tensors = tmp_path / weights.SINGLE, {"a": torch.ones(4), "b": torch.zeros(4)}
+    save_file(tensors, path)
+    begins = path.stat().st_size - 32
+    with proof.ReadBack(NoProcess()) as read_back:
+        read_back.follow(path, begins + 16)
+        read = read_back._reads[path]
+        with pytest.raises(TimeoutError):
+            read.result(timeout=0.3)
+        with path.open("r+b") as file:
+            file.seek(begins + 16)
+            file.write(torch.ones(4).numpy().tobytes())
+        read_back.follow(path, begins + 32)
+        assert read.result(timeout=60)[1] == artifacts.file_digest(path)
+    with pytest.raises(KeyboardInterrupt), proof.ReadBack(NoProcess()) as read_back:
+        read_back.follow(path, begins)
+        raise KeyboardInterrupt
+    with pytest.raises(CancelledError):
+        read_back._reads[path].result(timeout=60)
 
 
 @pytest.mark.parametrize("wrong", ["values", "left over", "missing", "no header", "short"])
-def test_compare_tensors_refuses_what_was_not_written(
-    conversion: Conversion, tmp_path: Path, wrong: str
-):
+def test_read_back_refuses_what_was_not_written(conversion: Conversion, tmp_path: Path, wrong: str):
+    def read_back(crcs: Mapping[str, int]) -> None:
+        with proof.ReadBack(NoProcess()) as again:
+            for path in files:
+                again.follow(path, path.stat().st_size)
+            again.compare(crcs)
+
     written = conversion.write(tmp_path / "sparse", "20KB")
     files = sorted((tmp_path / "sparse").glob("*.safetensors"))
-    proof.compare_tensors(files, written)
+    read_back(written)
     path = next(p for p in files if "model.norm.weight" in weights.checksums(p)[0])
     named, content = r"model\.norm\.weight", load_file(path)
     if wrong == "values":
@@ -206,4 +260,4 @@ def test_compare_tensors_refuses_what_was_not_written(
         path.write_bytes(path.read_bytes()[:-4])
         named = "differ from what was written"
     with pytest.raises(ArtifactError, match=named):
-        proof.compare_tensors(files, written)
+        read_back(written)
