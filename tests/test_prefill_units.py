@@ -1,6 +1,8 @@
 """What a command line asks of prefill, and what is refused before anything is launched."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import artifacts, compose, prefill, runtime
+from pipeline.config import Config
 from pipeline.errors import ArtifactError, ConfigError, PipelineError
 from pipeline.prefill import gpus, job, launch, ledger, share, units
 from pipeline.prefill.units import Unit
@@ -198,6 +201,33 @@ def test_a_job_that_slurm_puts_back_is_not_written_as_failed():
     other = subprocess.CalledProcessError(1, ["scontrol", "show"])
     assert job._told(other, unit) is other
     assert "not finished" in str(job._told(MemoryError(), unit))
+
+
+@pytest.mark.parametrize(
+    ("number", "state"), [(signal.SIGTERM, "lost"), (signal.SIGINT, "lost"), (None, "failed")]
+)
+def test_a_job_that_is_told_to_end_is_interrupted_whatever_that_raises(
+    here: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals | None, state: str
+):
+    """In the midst of an import it comes out as an ImportError, say; a failure stays one."""
+
+    def compute(unit: Unit, cfg: Config) -> Path:
+        with contextlib.suppress(KeyboardInterrupt):
+            if number:
+                signal.raise_signal(number)
+        raise ImportError("half of a module")
+
+    monkeypatch.setattr(job, "_compute", compute)
+    unit = asked("layer=0")[0]
+    ledger.record([unit])
+    kept = {one: signal.signal(one, default) for one, default in job.ENDING.items()}
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            job.run(OmegaConf.create({"root": str(here), "unit": unit.id}))
+    finally:
+        for one, handler in kept.items():
+            signal.signal(one, handler)
+    assert ledger.look(unit).state.name == state
 
 
 # Sharing a machine

@@ -23,6 +23,10 @@ from pipeline.prefill.ledger import State
 from pipeline.prefill.units import READS, Unit
 from pipeline.stages import budget, capture, train
 
+ENDING = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+"""Signals that interrupt a job, with the handlers that a launcher has not changed."""
+_asked_to_end = threading.Event()
+
 
 def run(composed: DictConfig) -> None:
     """A launcher's job: the unit `unit` of the project in the folder `root`."""
@@ -30,8 +34,10 @@ def run(composed: DictConfig) -> None:
     with contextlib.ExitStack() as quiet:
         # With one worker joblib starts none, and this is a thread of the process that watches.
         if threading.current_thread() is threading.main_thread():
-            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-                signal.signal(signal.SIGTERM, _interrupt)  # so that its end is written
+            _asked_to_end.clear()
+            for number, default in ENDING.items():
+                if signal.getsignal(number) == default:
+                    signal.signal(number, _interrupt)  # so that its end is written
             nowhere = quiet.enter_context(Path(os.devnull).open("w"))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
@@ -44,6 +50,7 @@ def run(composed: DictConfig) -> None:
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
+    _asked_to_end.set()
     raise KeyboardInterrupt
 
 
@@ -68,6 +75,8 @@ def perform(unit: Unit) -> Path:
 
 def _told(error: BaseException, unit: Unit) -> BaseException:
     """What is written of an error: a refusal where it is one, or an interruption."""
+    if _asked_to_end.is_set():  # in the midst of an import it may come out as an ImportError
+        return KeyboardInterrupt(f"{unit.name} was told to end")
     # submitit, told by Slurm to make room, puts its job back by `scontrol`, which Slurm kills too
     if isinstance(error, CalledProcessError) and error.cmd[:2] == ["scontrol", "requeue"]:
         return KeyboardInterrupt(f"{unit.name} was put back into Slurm's queue")
