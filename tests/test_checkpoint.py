@@ -519,6 +519,15 @@ def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(tm
     with torch.no_grad():
         found, wanted = (m(input_ids=ids).last_hidden_state for m in (loaded, in_memory))
     torch.testing.assert_close(found, wanted)
+    with proof.FreshProcess() as fresh:
+        fresh.open(tmp_path / "sparse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layers-differ", "gpt2-biases"])
+def test_a_fresh_process_opens_our_own_model_by_the_headers_of_its_files(name: str, own):
+    with proof.FreshProcess() as fresh:
+        fresh.open(own(name).sparse)
 
 
 @pytest.mark.slow

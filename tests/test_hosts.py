@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from test_checkpoint import (
 )
 from transformers.activations import ACT2FN
 
-from pipeline import checkpoint, dense, hosts
+from pipeline import checkpoint, dense, hosts, reload
 from pipeline.errors import ConfigError
 from pipeline.ffn import ACTIVATIONS
 from pipeline.hosts.families import FAMILIES
@@ -184,6 +185,20 @@ def test_a_converted_model_computes_what_its_layers_compute_in_memory(case: Case
     assert_equal_logits(model.eval(), done.in_memory)
     assert torch.equal(continued(model), continued(done.in_memory))
     assert difference(done.in_memory, load(done.dense)) > 0.01
+
+
+@pytest.mark.parametrize("case", CASES, ids=PAIRS)
+def test_a_converted_model_opens_by_the_headers_of_its_files(case: Case, converted):
+    """As in the proof where no model fits; a tensor too few is told there too."""
+    done = converted(case)
+    model = reload.opened(done.sparse, device_map="meta")
+    assert all(tensor.is_meta for tensor in model.parameters())
+    assert model.state_dict().keys() == load(done.sparse).state_dict().keys()
+    found = reload.described(done.sparse)
+    found.popitem()
+    fewer = mock.patch.object(reload, "described", lambda folder: found)
+    with fewer, pytest.raises(SystemExit, match=r"missing_keys|mismatched_keys"):
+        reload.opened(done.sparse, device_map="meta")
 
 
 @pytest.mark.parametrize("case", CASES[:-1], ids=PAIRS[:-1])
