@@ -26,7 +26,7 @@ from pipeline.commits import ARRAYS, commit_path
 from pipeline.config import CaptureConfig, Dtype, Store
 from pipeline.corpus import check_token_ids
 from pipeline.dense import select_layers
-from pipeline.discovery import find_ffns
+from pipeline.discovery import find_ffns, input_device
 from pipeline.durable import fsync, remove_partials, unique_partial
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
@@ -112,7 +112,7 @@ def capture_activations(
     done = total - sum(shard.stop - shard.start for shard in missing)
     progress(done, total, "")
     record = of_forward(forward) if forward else of_model(model, slots)
-    device, d_model = next(model.parameters()).device, next(iter(ffns.values())).d_model
+    device, d_model = input_device(model), next(iter(ffns.values())).d_model
     tokens = min(cfg.batch_size * sequence_length, max(rows.values()))
     with Behind(device, d_model, dtype, tokens) as behind:
         if store is not Store.input:

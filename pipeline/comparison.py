@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import finite
 from pipeline.assembly import set_norms
-from pipeline.discovery import find_ffns
+from pipeline.discovery import find_ffns, input_device
 from pipeline.embeddings import EmbeddingMatch
 from pipeline.progress import Progress, silent
 
@@ -115,8 +115,7 @@ def replaced(
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    return model(input_ids=batch.to(device), use_cache=False).logits
+    return model(input_ids=batch.to(input_device(model)), use_cache=False).logits
 
 
 @torch.inference_mode()
@@ -130,7 +129,7 @@ def continuation(
     if not new_tokens:
         return prompt
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    input_ids = torch.tensor([ids], device=model.device)
+    input_ids = torch.tensor([ids], device=input_device(model))
     greedy = {"max_new_tokens": new_tokens, "do_sample": False}
     seen = torch.ones_like(input_ids)
     out = model.generate(input_ids=input_ids, attention_mask=seen, **greedy)  # type: ignore[operator]

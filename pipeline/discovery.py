@@ -101,6 +101,12 @@ class FFNSlot:
         self._model.set_submodule(self.path, module)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where its token ids go: to its embedding, or the CPU where `device_map` offloaded that."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def find_ffns(model: nn.Module) -> list[FFNSlot]:
     """Every FFN, in order: an encoder's before its decoder's, a multimodal model's text model's.
 

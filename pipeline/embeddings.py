@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pipeline import finite
+from pipeline.discovery import input_device
 from pipeline.progress import Progress, silent
 
 NEIGHBOURS = 10
@@ -40,7 +41,7 @@ def is_encoder(model: PreTrainedModel) -> bool:
 @torch.inference_mode()
 def embed(model: nn.Module, blocks: Tensor, batch_size: int, progress: Progress = silent) -> Tensor:
     """(N, S) token ids -> (N, D) float32 on the CPU, each of length 1."""
-    device, parts, done = next(model.parameters()).device, [], 0
+    device, parts, done = input_device(model), [], 0
     for batch in blocks.split(batch_size):
         hidden_NSD = model(input_ids=batch.to(device)).last_hidden_state
         finite.check(hidden_NSD, "An encoder", f"hidden states of batch {len(parts)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.discovery import input_device
 from pipeline.embeddings import is_encoder
 
 ROUNDS = 9
@@ -34,20 +35,19 @@ def compare(dense: PreTrainedModel, sparse: PreTrainedModel, blocks: Tensor) -> 
     and `ratio`, `least` and `most`: median and spread of the sparse model's speed over the dense
     one's in the same round. `device`, `threads`, `dtype`, `rounds`: where and how.
     """
-    blocks = blocks[:, :LONGEST]
+    blocks, device = blocks[:, :LONGEST], input_device(dense)
     works: dict[str, tuple[int, Callable[[nn.Module], Callable[[], object]]]] = {}
     for n in TOGETHER:
-        batch = blocks.repeat(-(-n // len(blocks)), 1)[:n].to(dense.device)
+        batch = blocks.repeat(-(-n // len(blocks)), 1)[:n].to(device)
         works[f"prefill_{n}"] = (batch.numel(), lambda model, batch=batch: _prefill(model, batch))
     if not is_encoder(dense):
         read = min(DECODED, blocks.shape[1] // 2)
         written = min(DECODED, blocks.shape[1] - read)
-        prompt = blocks[:1, :read].to(dense.device)
+        prompt = blocks[:1, :read].to(device)
         works["decode"] = (written, lambda model: _decode(model, prompt, written))
-    on_gpu = dense.device.type == "cuda"
     return {
         "work": {name: _side_by_side(dense, sparse, *work) for name, work in works.items()},
-        "device": torch.cuda.get_device_name(dense.device) if on_gpu else dense.device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(dense.dtype).removeprefix("torch."),
         "rounds": ROUNDS,

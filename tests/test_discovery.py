@@ -14,12 +14,14 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import dense, places
+from pipeline import dense, places, speed
 from pipeline.activations import record_ffn
 from pipeline.assembly import replace_ffns, shared_copy
 from pipeline.capture import capture_activations
+from pipeline.comparison import compare_on_text
 from pipeline.config import CaptureConfig, Codec, Dtype
 from pipeline.discovery import find_ffns
+from pipeline.embeddings import embed
 from pipeline.errors import InputError, ResourceError
 from pipeline.evaluation import replaced
 from pipeline.ffn import DenseFFN
@@ -496,3 +498,29 @@ def test_a_slot_has_the_dtype_of_its_weights():
     model = tiny("Llama")
     model.model.layers[1].mlp.bfloat16()
     assert [slot.dtype for slot in find_ffns(model)] == [torch.float32, torch.bfloat16]
+
+
+def test_a_model_whose_embedding_is_offloaded_is_captured_and_compared(tmp_path: Path):
+    """Its first parameter lies nowhere: token ids go to the CPU, and a hook takes them on."""
+    plain, model = tiny("Llama"), tiny("Llama")
+    cpu_offload(model.model.embed_tokens, "cpu")
+    assert next(model.parameters()).is_meta
+    cfg = CaptureConfig(
+        dtype=Dtype.float32,
+        codec=Codec.none,
+        shard_mb=1,
+        chunk_mb=1,
+        batch_size=2,
+        heldout_tokens=8,
+    )
+    blocks = {"train": torch.randint(64, (4, 8)), "validation": torch.randint(64, (1, 8))}
+    for one, name in ((plain, "plain"), (model, "spread")):
+        capture_activations(one, blocks, tmp_path / name, cfg=cfg, layers=[0])
+    both = [LayerReader(tmp_path / name / "layer_0.zarr") for name in ("plain", "spread")]
+    assert torch.equal(*(torch.as_tensor(one.read("train", 0, 32)[0]) for one in both))
+    loss = compare_on_text(plain, model, blocks["train"], 64, batch_size=2)
+    assert loss.perplexity[0] == loss.perplexity[1] and loss.top1_agreement == 1
+    assert torch.equal(
+        embed(plain.model, blocks["train"], 2), embed(model.model, blocks["train"], 2)
+    )
+    assert speed.compare(plain, model, blocks["train"])["device"] == "cpu"
