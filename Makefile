@@ -20,7 +20,7 @@ demo: .venv/ready ## dense model, capture, training, sparse checkpoint and repor
 	@cat reports/summary.txt
 
 test: .venv/ready ## every test, the slow ones too, on every core
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --durations=20
 
 test-demo: .venv/ready ## what the last demo must have reached
 	$(BIN)/python -m pytest -q tests/after_demo.py
