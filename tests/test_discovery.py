@@ -33,6 +33,9 @@ from pipeline.windows import forward_behind
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_function": "gelu"}
+CAPTURE = CaptureConfig(
+    dtype=Dtype.float32, codec=Codec.none, shard_mb=1, chunk_mb=1, batch_size=2, heldout_tokens=8
+)
 IDS = torch.arange(3, 19)[None]
 
 
@@ -330,16 +333,8 @@ def test_what_is_recorded_stays_when_the_model_changes_its_states_in_place():
 
 
 def test_a_chain_is_captured_with_its_ffn(tmp_path: Path):
-    cfg = CaptureConfig(
-        dtype=Dtype.float32,
-        codec=Codec.none,
-        shard_mb=1,
-        chunk_mb=1,
-        batch_size=2,
-        heldout_tokens=8,
-    )
     blocks = {"train": torch.randint(64, (4, 8)), "validation": torch.randint(64, (1, 8))}
-    capture_activations(tiny("OPT", **OPT), blocks, tmp_path, cfg=cfg)
+    capture_activations(tiny("OPT", **OPT), blocks, tmp_path, cfg=CAPTURE)
     for k in range(2):
         ffn = DenseFFN.load(tmp_path / f"ffn_{k}.safetensors")
         x, y = LayerReader(tmp_path / f"layer_{k}.zarr").read("train")
@@ -393,17 +388,9 @@ def test_an_ffn_is_proved_on_weights_of_its_own_wherever_the_models_lie():
 
 def test_what_needs_the_weights_of_an_offloaded_layer_is_refused_by_its_name(tmp_path: Path):
     model, moe = offloaded(1), SparseMoE(MoEShape(32, 48, 16, 2, 1, "silu", True, False, "softmax"))
-    cfg = CaptureConfig(
-        dtype=Dtype.float32,
-        codec=Codec.none,
-        shard_mb=1,
-        chunk_mb=1,
-        batch_size=2,
-        heldout_tokens=8,
-    )
     blocks = {"train": torch.randint(64, (4, 8)), "validation": torch.randint(64, (1, 8))}
     for needing in (
-        lambda: capture_activations(model, blocks, tmp_path / "all", cfg=cfg),
+        lambda: capture_activations(model, blocks, tmp_path / "all", cfg=CAPTURE),
         lambda: replaced(model, {0: moe, 1: moe}),
         lambda: replace_ffns(model, {1: moe}),
         lambda: forward_behind(model, {1: moe}),
@@ -414,7 +401,7 @@ def test_what_needs_the_weights_of_an_offloaded_layer_is_refused_by_its_name(tmp
         assert "model.device_map=null" in refusal.value.remedy
     assert not any((tmp_path / "all").iterdir())
     replaced(model, {0: moe})
-    capture_activations(model, blocks, tmp_path / "first", cfg=cfg, layers=[0])
+    capture_activations(model, blocks, tmp_path / "first", cfg=CAPTURE, layers=[0])
     assert LayerReader(tmp_path / "first" / "layer_0.zarr").rows["train"] == 32
 
 
@@ -505,17 +492,9 @@ def test_a_model_whose_embedding_is_offloaded_is_captured_and_compared(tmp_path:
     plain, model = tiny("Llama"), tiny("Llama")
     cpu_offload(model.model.embed_tokens, "cpu")
     assert next(model.parameters()).is_meta
-    cfg = CaptureConfig(
-        dtype=Dtype.float32,
-        codec=Codec.none,
-        shard_mb=1,
-        chunk_mb=1,
-        batch_size=2,
-        heldout_tokens=8,
-    )
     blocks = {"train": torch.randint(64, (4, 8)), "validation": torch.randint(64, (1, 8))}
     for one, name in ((plain, "plain"), (model, "spread")):
-        capture_activations(one, blocks, tmp_path / name, cfg=cfg, layers=[0])
+        capture_activations(one, blocks, tmp_path / name, cfg=CAPTURE, layers=[0])
     both = [LayerReader(tmp_path / name / "layer_0.zarr") for name in ("plain", "spread")]
     assert torch.equal(*(torch.as_tensor(one.read("train", 0, 32)[0]) for one in both))
     loss = compare_on_text(plain, model, blocks["train"], 64, batch_size=2)
