@@ -418,3 +418,19 @@ def test_the_largest_layer_decides_how_many_share_a_gpu(here: Path):
     each = [share.among([u], "joblib", told, u.cfg()).units[0].gpu_bytes for u in (small, large)]
     both = share.among([small, large], "joblib", told, small.cfg()).units
     assert each[0] < each[1] and {u.gpu_bytes for u in both} == {each[1]}
+
+
+def test_a_layer_without_a_control_stands_for_itself_before_later_controls(here: Path):
+    """It runs as much as its dense FFN, so that no static control of its size is plainer."""
+    whole = "moe.per_layer=[{layers:[0],n_experts:4,top_k:4,d_ff_expert:0.25}]"
+    told = subprocess.run(
+        [sys.executable, "-m", "pipeline", "prefill", "train.window=1", whole],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": str(Path(prefill.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    (second,) = here.glob(".scratch/train-layer_1/*/static/config.json")
+    assert (second.parent / "layer.safetensors").is_file()
+    assert not list(here.glob(".scratch/train-layer_0/*/static"))

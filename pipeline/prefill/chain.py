@@ -43,7 +43,9 @@ def _capture_behind(
     from pipeline.layers import load_layer
     from pipeline.record import WEIGHTS
 
-    folders = {k: path / STATIC if static else path for k, path in earlier.items()}
+    folders = dict(earlier)
+    if static:  # a layer that runs as much as its dense FFN has no control, and stands for itself
+        folders |= {k: path / STATIC for k, path in earlier.items() if (path / STATIC).is_dir()}
     digests = {str(k): artifacts.file_digest(path / WEIGHTS) for k, path in folders.items()}
     model = dense.load_recorded(cfg.model, DENSE, runtime.pick_device(cfg.runtime))
     # A name for what the rows depend on: a rerun goes on from its shards.
