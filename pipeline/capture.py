@@ -175,7 +175,15 @@ def _ffn(folder: Path, layer: int) -> Path:
 def _has_ffn(folder: Path, layer: int, writer: LayerWriter) -> bool:
     """Whether the dense FFN lies there: the very one that gives the outputs of a store without."""
     path, named = _ffn(folder, layer), writer.layout.outputs_from
-    return path.is_file() and (named is None or file_digest(path) == named[1])
+    return _is_sound(path) and (named is None or file_digest(path) == named[1])
+
+
+def _is_sound(ffn: Path) -> bool:
+    try:
+        DenseFFN.load(ffn)
+    except ArtifactError:
+        return False
+    return True
 
 
 def _save(ffns: Mapping[int, DenseFFN], folder: Path, alone: bool) -> None:
@@ -184,7 +192,7 @@ def _save(ffns: Mapping[int, DenseFFN], folder: Path, alone: bool) -> None:
         remove_partials(folder, "ffn_*.partial")
     for layer, ffn in ffns.items():
         path = _ffn(folder, layer)
-        if alone or not path.exists():
+        if alone or not _is_sound(path):
             partial = unique_partial(path)
             ffn.to("cpu", ffn.up_proj.dtype).save(partial)
             fsync(partial)

@@ -133,8 +133,12 @@ def standalone(overrides: list[str]) -> tuple[ConvertConfig, RuntimeConfig]:
                 remedy=f"did you mean {near}=...?" if near else "leave it out",
             )
         _refuse_code_and_secrets(value, key)
+        as_written = str in refusals.kinds()[key] and value[:1] not in ("", "'", '"')
         try:
-            schema.merge_with_dotlist([text])
+            if as_written and value.lower() not in ("null", "~"):  # `2024_12_01` is no number
+                OmegaConf.update(schema, key, value)
+            else:
+                schema.merge_with_dotlist([text])
         except (OmegaConfBaseException, yaml.YAMLError):
             raise refusals.wrong_value(key, value, "on the command line") from None
     try:

@@ -1,9 +1,10 @@
 """What a conversion must be measured against, at equal active size and on the same data.
 
 `static`: one expert for all tokens, as wide as what a token runs: the dense FFN pruned, refitted by
-least squares with a bias, and trained by the same steps. A sparse layer that does not beat it has
-no router worth having. `oracle`: the layer's own experts, each token's chosen by the dense FFN's
-true output. What lies between the two is what routing can win:
+least squares with a bias, and trained by the same steps; the dense FFN itself where a token runs as
+much as in it. A sparse layer that does not beat it has no router worth having. `oracle`: the
+layer's own experts, each token's chosen by the dense FFN's true output. What lies between the two
+is what routing can win:
 `gap_recovery = (static - ours) / (static - oracle)` in relative_mse.
 
 Shapes: T tokens, D d_model, E experts, K top_k.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.experts import start_experts
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
 from pipeline.router import ROUTER_FUNCTIONS, TokenChoice, choose_experts
@@ -46,6 +48,26 @@ def static_plan(plan: Mapping[str, Any]) -> dict[str, Any] | None:
         router_function="softmax_topk",
     )
     return {**plan, "shape": asdict(static), "init": "specialist"}
+
+
+def unpruned(ffn: DenseFFN) -> SparseMoE:
+    """The dense FFN as a layer of one expert: the static control where nothing is to be pruned."""
+    one = MoEShape(
+        d_model=ffn.d_model,
+        d_ff=ffn.d_ff,
+        d_ff_expert=ffn.d_ff,
+        n_experts=1,
+        top_k=1,
+        activation=ffn.activation,
+        gated=ffn.gate_proj is not None,
+        bias=ffn.up_bias is not None or ffn.down_bias is not None,
+        router_function="softmax_topk",
+    )
+    moe = SparseMoE(one)
+    none = torch.Generator()
+    made = start_experts(ffn, one, "copy", init_noise=0.0, generator=none)
+    moe.load_state_dict(made, strict=False)  # any router gives one expert all
+    return moe.eval()
 
 
 class OracleMoE(nn.Module):
@@ -110,7 +132,8 @@ class OracleMoE(nn.Module):
             in_logs = function == "softmax_topk"
             total_T = total_T.logaddexp(score_T) if in_logs else total_T + score_T
             ids.append(chosen_T)
-        routed = choose_experts(logits_TE, self.shape.top_k, function)
+        bias = self.moe.router.balance_bias if self.shape.balance_bias else None
+        routed = choose_experts(logits_TE, self.shape.top_k, function, bias)
         weights_TE = routed.weights_TE().to(dtype)
         routed_TD = torch.bmm(weights_TE[:, None], outputs_TED)[:, 0]
         errors = [(found - y_TD).square().sum(dim=-1) for found in (sum_TD, routed_TD)]

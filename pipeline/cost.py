@@ -227,6 +227,13 @@ def control(shape: MoEShape) -> list[MoEShape]:
     return [replace(one, balance_bias=False, expert_widths=None, **plain)]
 
 
+def _controls(sizes: Sizes) -> tuple[list[MoEShape], int]:
+    """The static controls, and parameters of the dense FFNs that stand beside them unpruned."""
+    controls = {k: static(shape, sizes.cfg) for k, shape in sizes.shapes.items()}
+    left = [sizes.shapes[k].dense_parameters for k, found in controls.items() if not found]
+    return [shape for found in controls.values() for shape in found], sum(left)
+
+
 def _dense_ffn(shape: MoEShape) -> int:
     """Parameters of the dense FFN, less a bias that only its experts have; and a header."""
     return replace(shape, bias=False).dense_parameters + 100
@@ -279,8 +286,8 @@ def _heal(sizes: Sizes) -> Cost:
     if not cfg.tokens:
         return Cost(bytes=1_500, files=2)
     fitted = [list(sizes.shapes.values())]
-    controls = [s for shape in sizes.shapes.values() for s in static(shape, sizes.cfg)]
-    if len(controls) == len(sizes.shapes):
+    controls, unpruned = _controls(sizes)
+    if controls:
         fitted.append(controls)
     learning = max(sum(s.total_parameters for s in shapes) for shapes in fitted)
     P, B = sizes.record["parameters"], cfg.batch_size * length
@@ -290,7 +297,7 @@ def _heal(sizes: Sizes) -> Cost:
     D, L = sizes.record["d_model"], sizes.record["n_layers"]
     flops = 0.0
     for shapes in fitted:
-        run = rest + sum(s.active_parameters for s in shapes)
+        run = rest + sum(s.active_parameters for s in shapes) + unpruned * (shapes is controls)
         judged = sizes.tokens("validation") * validations
         flops += tokens * (2.0 * sizes.matrices(P) + 6.0 * run)
         flops += judged * 2.0 * (sizes.matrices(P) + run)
@@ -333,10 +340,10 @@ def _evaluate(sizes: Sizes) -> Cost:
     P = sizes.record["parameters"]
     rest = sizes.matrices(P) - sum(s.dense_parameters for s in sizes.shapes.values())
     shapes = list(sizes.shapes.values())
-    controls = [s for shape in shapes for s in static(shape, sizes.cfg)]
+    controls, unpruned = _controls(sizes)
     run = sizes.matrices(P) + rest + sum(s.active_parameters for s in shapes)
     if controls:
-        run += sizes.matrices(P) + rest + sum(s.active_parameters for s in controls)
+        run += sizes.matrices(P) + rest + sum(s.active_parameters for s in controls) + unpruned
     oracle = any(s.capacity_factor is None for s in shapes)
     if oracle:  # it runs every expert on every token
         run += sizes.matrices(P) + rest + sum(s.total_parameters for s in shapes)

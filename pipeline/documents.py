@@ -45,21 +45,21 @@ def read_documents(cfg: DataConfig) -> Iterator[Document]:
     if cfg.source is DataSource.embedded:
         return embedded_documents()
     if cfg.source is DataSource.files:
-        return file_documents(cfg.files, cfg.text_column)
+        return file_documents(cfg.files, cfg.text_column, "data.files")
     return hub_documents(cfg)
 
 
 def shifted_documents(cfg: DataConfig) -> Iterator[Document]:
     """Text of another domain: `data.shifted_files`, or else the standard library's source."""
     if cfg.shifted_files:
-        return file_documents(cfg.shifted_files, cfg.text_column)
+        return file_documents(cfg.shifted_files, cfg.text_column, "data.shifted_files")
     return source_documents()
 
 
 def local_files(cfg: DataConfig) -> list[Path]:
     """Every file of this machine that those read, in their order; raises `InputError`."""
     files = cfg.files if cfg.source is DataSource.files else []
-    return _expand([*files, *cfg.shifted_files])
+    return [*_expand(files, "data.files"), *_expand(cfg.shifted_files, "data.shifted_files")]
 
 
 # The standard library
@@ -139,15 +139,20 @@ def hub_documents(cfg: DataConfig) -> Iterator[Document]:
         ) from None
 
 
-def file_documents(patterns: Iterable[str], text_column: str) -> Iterator[Document]:
+def file_documents(
+    patterns: Iterable[str], text_column: str, key: str = "data.files"
+) -> Iterator[Document]:
     """The rows of local txt (lines), jsonl and parquet files, in the order given.
+
+    Args:
+        key: of the setting that names them, for messages.
 
     Raises:
         InputError: no such file, an unknown kind, bad encoding or format, no such column, no text.
     """
     from datasets import load_dataset
 
-    for path in _expand(patterns):
+    for path in _expand(patterns, key):
         builder = BUILDERS[path.suffix]
         options: dict[str, Any] = {"keep_linebreaks": True} if builder == "text" else {}
         column = "text" if builder == "text" else text_column
@@ -164,7 +169,7 @@ def file_documents(patterns: Iterable[str], text_column: str) -> Iterator[Docume
                 if path.stat().st_size
                 else []
             )
-            yield from _texts(rows, column, str(path))
+            yield from _texts(rows, column, str(path), are_lines=builder == "text")
         except PipelineError:
             raise
         except Exception as error:  # pyarrow and datasets have many kinds for a damaged file
@@ -173,11 +178,11 @@ def file_documents(patterns: Iterable[str], text_column: str) -> Iterator[Docume
                 "A file of the data cannot be read.",
                 value=f"{path}: {_first_line(error)}",
                 rule="txt and jsonl in UTF-8, one JSON object per line; parquet",
-                remedy="convert the file, or leave it out of data.files",
+                remedy=f"convert the file, or leave it out of {key}",
             ) from None
 
 
-def _expand(patterns: Iterable[str]) -> list[Path]:
+def _expand(patterns: Iterable[str], key: str) -> list[Path]:
     """The files that the patterns match, each pattern's sorted."""
     found = []
     for pattern in patterns:
@@ -188,19 +193,27 @@ def _expand(patterns: Iterable[str]) -> list[Path]:
         wrong = [path for path in matched if path.suffix not in BUILDERS or not path.is_file()]
         if wrong or not matched:
             raise InputError(
-                "A name in data.files cannot be read." if wrong else "There is no such file.",
+                f"A name in {key} cannot be read." if wrong else "There is no such file.",
                 value=wrong[0] if wrong else Path(pattern).absolute(),
                 rule=f"existing files that end in {', '.join(BUILDERS)}",
-                remedy="correct data.files",
+                remedy=f"correct {key}",
             )
         found += matched
     return found
 
 
-def _texts(rows: Iterable[Any], column: str, name: str) -> Iterator[Document]:
-    """The rows' texts; `InputError` without the column, or when no row holds any text."""
-    blank = True
-    for document in _join_lines(_column(rows, column, name)):
+def _texts(
+    rows: Iterable[Any], column: str, name: str, are_lines: bool = False
+) -> Iterator[Document]:
+    """The rows' texts; `InputError` without the column, or when no row holds any text.
+
+    Args:
+        are_lines: all of them, the last one too, which may have no newline.
+    """
+    blank, texts = True, _column(rows, column, name)
+    if are_lines:
+        texts = (text if text.endswith("\n") else f"{text}\n" for text in texts)
+    for document in _join_lines(texts):
         blank = False
         yield document
     if blank:
@@ -237,7 +250,9 @@ def _join_lines(rows: Iterable[str]) -> Iterator[Document]:
     size = 0
     for row in rows:
         if row.strip() and not row.endswith("\n"):
+            yield from _run(lines)
             yield Document(row, row)
+            lines, size = [], 0
             continue
         lines.append(row or "\n")
         size += len(row)

@@ -20,6 +20,7 @@ from pipeline import artifacts, corpus, finite, runtime
 from pipeline.comparison import Texts, compare_on_text, continuation, replaced
 from pipeline.config import EvaluateConfig
 from pipeline.controls import OracleMoE
+from pipeline.discovery import input_device
 from pipeline.embeddings import compare_embeddings, is_encoder
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.figures import GOOD_COSINE, control_figures, gap_figures, model_figures
@@ -45,6 +46,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = ROWS,
     max_batches: int | None = None,
+    store_url: str | None = None,
 ) -> dict[int, dict[str, Any]]:
     """`{layer: {"mse": ..., "cosine_sim": ..., ...}}` of trained layers, as `layer_metrics`.
 
@@ -54,6 +56,7 @@ def evaluate(
         layers: null = all that lie in `layers_folder`.
         batch_size: tokens per forward pass.
         max_batches: forward passes per layer, from the first heldout row on; null = all rows.
+        store_url: `capture.store_url`, where the shards lie in an object store.
 
     Raises:
         ConfigError: `batch_size` or `max_batches` is below 1.
@@ -76,7 +79,7 @@ def evaluate(
     return {
         k: layer_metrics(
             load_layer(folder / f"layer_{k}")[0].to(device),
-            LayerReader(captured / f"layer_{k}.zarr", device),
+            LayerReader(captured / f"layer_{k}.zarr", device, store_url),
             batch_size=batch_size,
             max_batches=max_batches,
         )
@@ -187,7 +190,8 @@ def measure(
     """
     counts = artifacts.read_json(tokens / corpus.RECORD)["splits"]
     read = {k: load_layer(folder) for k, folder in layers.items()}
-    judged = {k: layer_metrics(moe.to(dense.device), stores[k]) for k, (moe, _) in read.items()}
+    device = input_device(dense)
+    judged = {k: layer_metrics(moe.to(device), stores[k]) for k, (moe, _) in read.items()}
 
     how = {"batch_size": cfg.batch_size, "max_batches": cfg.max_batches, "progress": progress}
     encoder = is_encoder(dense)
@@ -201,9 +205,10 @@ def measure(
             for n, b in blocks.items()
         }
 
+    shapes = {k: moe.shape for k, (moe, _) in read.items()}
     metrics = model_figures(
         judged,
-        {k: moe.shape for k, (moe, _) in read.items()},
+        shapes,
         compare(sparse),
         dense.num_parameters(),
         sparse.num_parameters(),
@@ -213,7 +218,7 @@ def measure(
     for name, modules in controls.items():
         norms = static_norms if name == "static" else None
         of_layers = {k: layer_metrics(module, stores[k]) for k, module in modules.items()}
-        found[name] = control_figures(of_layers, compare(replaced(dense, modules, norms)))
+        found[name] = control_figures(of_layers, shapes, compare(replaced(dense, modules, norms)))
     metrics |= {"controls": found, **gap_figures(judged, found)}
     return {
         "metrics": metrics,

@@ -6,7 +6,9 @@ no gate. Kept apart from transformers, so that a layer can be trained where only
 Shapes: T tokens, D d_model, F d_ff.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,9 @@ from torch.nn import functional as F
 
 from pipeline import preflight
 from pipeline.errors import ArtifactError, InputError
+
+HEADER = "dense_ffn"
+"""The one entry of a file's metadata."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -98,8 +103,13 @@ class DenseFFN:
         return F.linear(self.hidden(x), self.down_proj, self.down_bias)
 
     def save(self, path: Path) -> None:
+        """As safetensors; the header names the activation and the SHA-256 of the tensors.
+
+        In one entry: several have no order, and equal weights would not be equal bytes.
+        """
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
-        save_file(tensors, path, metadata={"activation": self.activation})
+        told = {"activation": self.activation, "sha256": _digest(tensors)}
+        save_file(tensors, path, metadata={HEADER: json.dumps(told)})
 
     @classmethod
     def load(cls, path: Path) -> "DenseFFN":
@@ -107,8 +117,11 @@ class DenseFFN:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return cls(**tensors, activation=file.metadata()["activation"])
-        except (OSError, SafetensorError, TypeError, KeyError) as error:
+                told = json.loads(file.metadata()[HEADER])
+            if told["sha256"] != _digest(tensors):
+                raise ValueError("its tensors have not the SHA-256 that its header names")
+            return cls(**tensors, activation=told["activation"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             preflight.let_through(error)
             raise ArtifactError(
                 "The weights of a dense FFN cannot be read.",
@@ -116,3 +129,11 @@ class DenseFFN:
                 rule="a safetensors file, as `capture` wrote it",
                 remedy="run `dvc repro -f -s capture`, or capture the layer again",
             ) from None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()

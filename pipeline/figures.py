@@ -113,7 +113,9 @@ def _closeness(texts: Texts) -> dict[str, Any]:
     }
 
 
-def control_figures(layers: Mapping[int, Mapping[str, Any]], texts: Texts) -> dict[str, Any]:
+def control_figures(
+    layers: Mapping[int, Mapping[str, Any]], shapes: Mapping[int, MoEShape], texts: Texts
+) -> dict[str, Any]:
     """What `metrics.json` says of one control, under the names that the sparse model has."""
     closeness = _closeness(texts)
     names = ("perplexity_ratio", "embedding_cosine", "neighbour_agreement")
@@ -122,6 +124,9 @@ def control_figures(layers: Mapping[int, Mapping[str, Any]], texts: Texts) -> di
         by_text["kl"] = {"by_text": closeness["kl"]["by_text"]}
     return {
         **by_text,
+        "active_ffn_fraction": _by_width(
+            {k: m["active_ffn_fraction"] for k, m in layers.items()}, shapes
+        ),
         "cosine_sim": _mean_and_worst(layers, "cosine_sim", min),
         "relative_mse": _mean_and_worst(layers, "relative_mse", max),
         "layers": {

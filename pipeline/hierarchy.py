@@ -86,7 +86,7 @@ def create_objects(place: Objects, metadata: dict[str, bytes]) -> None:
             raise place.damaged("zarr.json", "it is no JSON") from None
         _check_root(place.url, found, json.loads(metadata["zarr.json"]))
     for key, content in metadata.items():
-        if place.size(key) != len(content):
+        if place.size(key) != len(content) or place.content(key).tobytes() != content:
             place.put(key, content)
 
 

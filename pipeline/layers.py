@@ -68,8 +68,17 @@ def save_layer(moe: SparseMoE, folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `save_layer` has ended there; its record is the last that it writes."""
-    return (folder / CONFIG).is_file()
+    """Whether `save_layer` has ended there and all is sound; its record is the last it writes."""
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        check_weights(folder)
+        read_history(folder)
+    except ArtifactError as error:
+        print(f"a finished layer is damaged and is made again: {error}", flush=True)
+        (folder / CONFIG).unlink()
+        return False
+    return True
 
 
 def load_layer(folder: Path, *, mapped: bool = False) -> tuple[SparseMoE, dict[str, Any]]:

@@ -31,11 +31,11 @@ POLL_S = 0.05
 @contextlib.contextmanager
 def lock(path: Path, wait_s: float) -> Iterator[None]:
     """Hold `path`.lock alone; waits up to `wait_s` seconds for its holder and then names it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     held, holder = FileLock(f"{path}.lock"), Path(f"{path}.holder")
 
     def take() -> bool:
-        with contextlib.suppress(Timeout):
+        with contextlib.suppress(Timeout, FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)  # its holder may have removed it
             held.acquire(timeout=0)
         return held.is_locked
 

@@ -4,6 +4,7 @@
 and the configuration that it ran with.
 """
 
+import contextlib
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,10 +19,12 @@ FOLDER = "measured"
 def note(cfg: Config) -> None:
     """Keep how long this process took for what it computed from beginning to end."""
     plain = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    folder = workdir.scratch_root() / FOLDER
     for unit, seconds in workdir.computed.items():
-        folder = workdir.scratch_root() / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        durable.write_json(folder / f"{unit}.json", {"seconds": seconds, "configuration": plain})
+        content = {"seconds": seconds, "configuration": plain}
+        with contextlib.suppress(OSError):  # the stage is done, whether or not this is kept
+            folder.mkdir(parents=True, exist_ok=True)
+            durable.write_json(folder / f"{unit}.json", content)
 
 
 def read(root: Path) -> dict[str, tuple[float, Config]]:

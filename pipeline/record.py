@@ -102,7 +102,7 @@ def check_behind(folders: Mapping[int, Path]) -> None:
                     value=f"layer {j} is {there.absolute() if there else 'left dense'}",
                     rule="with train.window a layer runs behind those that it was fitted behind",
                     remedy="run `python -m pipeline prefill` with this configuration, then "
-                    "`dvc repro`",
+                    f"`dvc repro -f -s train@{k}` and `dvc repro`",
                 )
 
 

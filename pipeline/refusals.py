@@ -150,6 +150,8 @@ def unfit(plain: Any, where: str) -> ConfigError | None:
     present = known.keys() & flat
     for key in [key for key in known if key in present]:
         value = _at(plain, key)
+        if str in known[key] and isinstance(value, int | float):
+            return _no_text(key, value, where)
         try:
             OmegaConf.update(schema, key, value)
         except OmegaConfBaseException as error:
@@ -186,6 +188,17 @@ def wrong_value(key: str, value: Any, where: str, error: Exception | None = None
         value=f"{key}={shown} ({where})",
         rule=allowed(key),
         remedy=f"did you mean {key}={near}?" if near else f"give {key} such a value",
+    )
+
+
+def _no_text(key: str, value: float, where: str) -> ConfigError:
+    """OmegaConf would make a text of it, but not the one that was written: `2024_12`, `007`."""
+    return ConfigError(
+        f"{key} is read as {'true or false' if isinstance(value, bool) else 'a number'}.",
+        value=f"{key}={value} ({where})",
+        rule="a text; YAML reads digits, and words such as `no`, as something else",
+        remedy=f'quote it: `{key.rpartition(".")[2]}: "..."` in a file, '
+        f"`'{key}=\"...\"'` on the command line",
     )
 
 

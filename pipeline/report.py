@@ -72,6 +72,8 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
     host, good = next(iter(layers.values()))["host"], metrics["good_layers"]
     encoder = "embedding_cosine" in metrics
     settings = card.merged({"evaluate": content, **manifests})
+    biased = {ffn["index"]: ffn["bias"] for ffn in content["record"]["layers"]}
+    dense = {k: replace(s, bias=biased[k]).dense_parameters for k, s in shapes.items()}
     return {
         "host": host,
         "encoder": encoder,
@@ -79,7 +81,9 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         **card.opening(host, encoder),
         "most_experts": max(len(m["routing"]["load"]) for m in metrics["layers"].values()),
         "by_shape": [
-            {**row, "configuration": _configuration(row["shape"])} for row in card.by_shape(layers)
+            {**row, "configuration": _configuration(row["shape"])}
+            | {"dense_parameters": dense[row["layers"][0]]}
+            for row in card.by_shape(layers)
         ],
         "budgets": _budgets(layers),
         "healed": next(iter(layers.values())).get("healing"),
@@ -90,6 +94,7 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         f"{good['cosine_above']:g}.",
         "compared": {"sparse": metrics, **metrics["controls"]},
         "against_static": _against_static(metrics),
+        "unpruned": _unpruned(content) if "static" in metrics["controls"] else [],
         "no_static": "" if metrics["active_ffn_fraction"] < 1 else "; as much is run as in it",
         "most_panels": charts.MOST_PANELS,
         "routing_names": list(ROUTING),
@@ -101,7 +106,7 @@ def _derived(content: Mapping[str, Any]) -> dict[str, Any]:
         "settings": settings,
         "versions": manifests["convert"]["versions"],
         "ffn": {
-            "dense": sum(s.dense_parameters for s in shapes.values()),
+            "dense": sum(dense.values()),
             "total": sum(s.total_parameters for s in hosts.padded(host, shapes).values()),
             "active": sum(s.active_parameters for s in shapes.values()),
         },
@@ -119,30 +124,37 @@ def _cost(
     parameters, sizes = content["metrics"]["dense"]["parameters"], content["sizes"]
     batch = settings.get("train.batch_size", 0)
     trained = {k: content["layers"][k]["training"]["steps"] * batch for k in shapes}
-    sides = 2 if "static" in content["metrics"]["controls"] else 1
+    controlled = "static" in content["metrics"]["controls"]
+    alone = set(_unpruned(content)) if controlled else set(shapes)
     healing = next(iter(content["layers"].values())).get("healing", {}).get("tokens", 0)
     active = content["metrics"]["sparse"]["parameters"]["active"]
     return {
         **sizes,
         "dense_bytes": parameters * WEIGHT_BYTES[content["record"]["dtype"]],
         "capture_flops": 2 * parameters * sizes["captured_tokens"],
-        "start_flops": _start_flops(content["layers"], sizes["train_tokens"], sides),
+        "start_flops": _start_flops(content["layers"], sizes["train_tokens"], controlled),
         # 2 for multiply and add, 3 for forward and both halves of backward
-        "training_flops": sides
-        * sum(6 * n * shapes[k].active_parameters for k, n in trained.items()),
+        "training_flops": sum(
+            (6 if k in alone else 12) * n * shapes[k].active_parameters for k, n in trained.items()
+        ),
         "trained_tokens": sum(trained.values()),
         "healing_tokens": healing,
-        "healing_flops": sides * (2 * parameters + 6 * active) * healing,
+        "healing_flops": (1 + controlled) * (2 * parameters + 6 * active) * healing,
     }
 
 
-def _start_flops(layers: Mapping[int, Mapping[str, Any]], rows: int, sides: int) -> float:
-    """Of the untrained layers' making, and with two sides of their static controls'."""
+def _unpruned(content: Mapping[str, Any]) -> list[int]:
+    """The layers whose static control is the dense FFN: as much is run as in it."""
+    return [k for k, layer in content["layers"].items() if not cost.control(_begun(layer))]
+
+
+def _start_flops(layers: Mapping[int, Mapping[str, Any]], rows: int, controlled: bool) -> float:
+    """Of the untrained layers' making, and where controlled of their static controls'."""
     fits = []
     for layer in layers.values():
         shape = _begun(layer)
         fits += [(shape, layer["init"])]
-        fits += [(static, "specialist") for static in cost.control(shape) if sides == 2]
+        fits += [(static, "specialist") for static in cost.control(shape) if controlled]
     return sum(cost.start_flops(shape, init, rows) for shape, init in fits)
 
 
@@ -205,7 +217,7 @@ def _against_static(metrics: Mapping[str, Any]) -> str:
 
 
 def _lost(ours: float, static: float) -> str:
-    if static < NOTHING:
+    if max(ours, static) < NOTHING:
         return "neither loses anything that can be told apart, so that this says nothing."
     if ours >= static:
         return "here the router is worth nothing."

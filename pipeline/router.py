@@ -173,11 +173,16 @@ def choose_tokens_alone(router_logits: Tensor, threshold_E: Tensor) -> ExpertCho
 
 
 def thresholds(router_logits: Tensor, capacity_factor: float) -> Tensor:
-    """(E,): half-way from the last of these tokens that each expert would take to the next."""
+    """(E,): half-way from the last of these tokens that each expert would take to the next.
+
+    0 where it would take them all: then it takes every other token too.
+    """
     scores_ET = router_logits.softmax(dim=-1).t()
     n_experts, tokens = scores_ET.shape
     taken = capacity(tokens, capacity_factor, n_experts)
-    return scores_ET.topk(min(taken + 1, tokens)).values[:, taken - 1 :].mean(dim=1)
+    if taken == tokens:
+        return scores_ET.new_zeros(n_experts)
+    return scores_ET.topk(taken + 1).values[:, taken - 1 :].mean(dim=1)
 
 
 def load_balance_loss(routing: Routing) -> Tensor:

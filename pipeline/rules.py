@@ -193,13 +193,7 @@ def _check_moe(moe: MoEConfig) -> None:
             remedy=f"set moe.top_k={moe.n_experts} or less",
         )
     if moe.routing is Routing.expert_choice:
-        if moe.capacity_factor > moe.n_experts:
-            raise ConfigError(
-                "Each expert would take more tokens than there are.",
-                value=f"moe.capacity_factor={moe.capacity_factor}, moe.n_experts={moe.n_experts}",
-                rule="an expert takes capacity_factor / n_experts of the tokens",
-                remedy=f"set moe.capacity_factor={moe.n_experts} or less",
-            )
+        _check_capacity(moe.capacity_factor, moe.n_experts, f"moe.n_experts={moe.n_experts}")
         for name in ("balance_bias", "virtual_groups"):
             if getattr(moe, name):
                 raise ConfigError(
@@ -244,6 +238,26 @@ def _check_per_layer(moe: MoEConfig, layers: list[int]) -> None:
                 rule="top_k <= n_experts, in every layer",
                 remedy=f"add top_k:{n_experts} to that entry",
             )
+        if moe.routing is Routing.expert_choice:
+            where = f"moe.per_layer of layers {other.layers}: n_experts={n_experts}"
+            _check_capacity(moe.capacity_factor, n_experts, where)
+
+
+def _check_capacity(capacity_factor: float, n_experts: int, where: str) -> None:
+    if n_experts == 1:
+        raise ConfigError(
+            "One expert has no tokens to choose.",
+            value=f"moe.routing=expert_choice, {where}",
+            rule="a token's score is its share among the experts, and with one expert all have 1",
+            remedy="set n_experts=2 or more there, or moe.routing=token_choice (recommended)",
+        )
+    if capacity_factor > n_experts:
+        raise ConfigError(
+            "Each expert would take more tokens than there are.",
+            value=f"moe.capacity_factor={capacity_factor}, {where}",
+            rule="an expert takes capacity_factor / n_experts of the tokens",
+            remedy=f"set moe.capacity_factor={n_experts} or less",
+        )
 
 
 def _check_candidates(moe: MoEConfig) -> None:
@@ -255,7 +269,7 @@ def _check_candidates(moe: MoEConfig) -> None:
         varied = [other.top_k or 0 for other in moe.per_layer if other.n_experts is None]
         least = max([moe.top_k, *varied])
         if moe.routing is Routing.expert_choice:
-            least = moe.capacity_factor
+            least = max(2, moe.capacity_factor)
     for value in moe.budget.candidates:
         if type(value) not in kinds or value < least:
             raise ConfigError(

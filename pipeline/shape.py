@@ -250,13 +250,15 @@ def check_start(shape: MoEShape, init: str) -> None:
 
 def check_virtual_groups(shape: MoEShape, init: str, router_init: str) -> None:
     """Raise `ConfigError` where no top-k could take whole replicas of the dense FFN."""
-    if init in ("random", "specialist") or shape.top_k % shape.groups:
+    wrong = ["moe.init=slice"] if init in ("random", "specialist") else []
+    wrong += [f"moe.top_k={shape.groups}"] if shape.top_k % shape.groups else []
+    if wrong:
         raise ConfigError(
             "Virtual groups need whole replicas of the dense FFN to choose from.",
             value=f"moe.init={init}, moe.top_k={shape.top_k}, {shape.groups} groups",
             rule="moe.virtual_groups=true needs moe.init=copy, slice or cluster, and moe.top_k "
             "a multiple of the number of groups ((d_ff - shared) / d_ff_expert)",
-            remedy=f"set moe.top_k={shape.groups}, or moe.virtual_groups=false",
+            remedy=f"set {' and '.join(wrong)}, or moe.virtual_groups=false",
         )
     if router_init == "zero" and shape.replicas > 1:
         raise ConfigError(

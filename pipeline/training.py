@@ -100,9 +100,10 @@ def fit_layer(
         total=cfg.epochs * steps_per_epoch,
         start=start,
     )
-    learning = sum(p.numel() for p in fit.moe.parameters())
-    lever = "a smaller layer (moe.n_experts, moe.d_ff_expert) takes less in proportion"
-    preflight.check_checkpoints(f"layer {fit.layer}", folder, learning, lever)
+    if fit.total:
+        learning = sum(p.numel() for p in fit.moe.parameters())
+        lever = "a smaller layer (moe.n_experts, moe.d_ff_expert) takes less in proportion"
+        preflight.check_checkpoints(f"layer {fit.layer}", folder, learning, lever)
     try:
         if (folder / resume.CHECKPOINT).is_file():
             fit.restore(folder / resume.CHECKPOINT)

@@ -33,12 +33,15 @@ TOLERANCE = 0.02
 """Largest share of a probe that may be missing behind the layer; bf16 rounds that much away."""
 
 
-def forward_behind(model: PreTrainedModel, sparse: Mapping[int, SparseMoE]) -> Forward:
+def forward_behind(
+    model: PreTrainedModel, sparse: Mapping[int, SparseMoE], probe: Tensor
+) -> Forward:
     """A pass for `capture.capture_activations` that gives the rows of layers behind sparse ones.
 
     Args:
         model: the dense model; it stays as it is, and the sparse one shares its weights.
         sparse: the layers in place, before all of those that are asked for.
+        probe: (1, S) token ids by which the model's gain is measured, whichever batch is first.
 
     Raises:
         ConfigError: the model does not add its FFNs' outputs to a residual stream.
@@ -52,7 +55,7 @@ def forward_behind(model: PreTrainedModel, sparse: Mapping[int, SparseMoE]) -> F
 
     def forward(batch: Tensor, layers: Collection[int]) -> dict[int, tuple[Tensor, Tensor]]:
         for k in layers:
-            gains[k] = gains.get(k) or _gain(model, slots[k], batch[:1])
+            gains[k] = gains.get(k) or _gain(model, slots[k], probe.to(batch.device))
         with _record_streams(model, slots, layers) as wanted:
             model(input_ids=batch, use_cache=False)
         own = {k: found[k] for k in layers}

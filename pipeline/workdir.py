@@ -45,6 +45,7 @@ def produce(
     scratch: Path | None = None,
     published: bool = True,
     elsewhere: Callable[[Path], object] | None = None,
+    mends: bool = False,
 ) -> Path:
     """Publish at `out` what `compute` makes of `settings` and `inputs`; adopt it if it exists.
 
@@ -56,9 +57,11 @@ def produce(
         inputs: digest of everything that it reads, by name.
         compute: fills the folder that it is given; finds there what an interrupted call left. May
             return the SHA-256 of files, by name, that it has read since it wrote them.
-        scratch: root of the work folders, `scratch_root()` unless given.
+        scratch: root of the work folders, `scratch_root()` unless given; removed at the end.
         published: false leaves `out` alone; a later call finds the work done.
         elsewhere: raises `ArtifactError` where what finished work keeps elsewhere is not sound.
+        mends: `compute` checks what it finds, piece by piece; of damaged finished work the rest is
+            then kept.
 
     Raises:
         ResourceError: another run held the lock for longer than `lock_wait_s` seconds.
@@ -69,11 +72,18 @@ def produce(
             here = (scratch or Path(".scratch")) / "locks" / work.unit
             locks.enter_context(lock(here, lock_wait_s))
         locks.enter_context(lock(work.lock, lock_wait_s))
-        if _is_complete(work.folder, elsewhere):
+        mending = mends and (work.folder / MANIFEST).is_file()  # if it turns out to be damaged
+        if _is_complete(work.folder, elsewhere, mends):
             print(f"{out}: found complete in {work.folder}", flush=True)
         else:
             began = time.monotonic()
-            anew, known = _compute(compute, work)
+            try:
+                anew, known = _compute(compute, work)
+            except ArtifactError:
+                if not mending:
+                    raise
+                shutil.rmtree(work.folder)  # what is damaged cannot be made again by itself
+                anew, known = _compute(compute, work)
             if anew:
                 computed[work.unit] = time.monotonic() - began
             write_manifest(work.folder, work.identity, known)
@@ -81,6 +91,8 @@ def produce(
             return work.folder
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(work.folder, out)
+        if scratch:  # of this unit alone
+            shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
@@ -148,7 +160,7 @@ class Work:
         made_of = {"settings": settings, "inputs": inputs, "code": code_digest(module)}
         fingerprint = json_digest({"module": module, **made_of})[:16]
         root = scratch or scratch_root()
-        unit = "-".join(part for part in out.parts[-2:] if part != "stages")
+        unit = "-".join(part for part in out.parts[-2:] if part not in ("stages", out.anchor))
         return cls(
             unit,
             root / unit / fingerprint,
@@ -201,7 +213,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _is_complete(work: Path, elsewhere: Callable[[Path], object] | None) -> bool:
+def _is_complete(work: Path, elsewhere: Callable[[Path], object] | None, mends: bool) -> bool:
     if not (work / MANIFEST).is_file():
         return False
     try:
@@ -209,8 +221,12 @@ def _is_complete(work: Path, elsewhere: Callable[[Path], object] | None) -> bool
         if elsewhere:
             elsewhere(work)
     except ArtifactError as error:
-        print(f"finished work is damaged and is computed again: {error}", flush=True)
-        shutil.rmtree(work)
+        again = "what is damaged is computed again" if mends else "it is computed again"
+        print(f"finished work is damaged; {again}: {error}", flush=True)
+        if mends:
+            (work / MANIFEST).unlink()
+        else:
+            shutil.rmtree(work)
         return False
     return True
 

@@ -195,6 +195,36 @@ def test_a_damaged_shard_is_not_sealed_and_its_part_writes_it_again(cfg: Config)
     assert files(work) == wanted
 
 
+@pytest.mark.parametrize("name", ["ffn_1.safetensors", "layer_0.zarr/train/input/c.2.0"])
+def test_of_a_finished_capture_only_what_is_damaged_is_made_again(cfg: Config, name: str):
+    wanted = files(run(cfg, None))
+    work = run(cfg, None)
+    flip(work / name)
+    before = {p: p.stat().st_mtime_ns for p in work.rglob("c.*") if p.is_file()}
+    assert files(run(cfg, None)) == wanted
+    changed = {p for p, was in before.items() if p.stat().st_mtime_ns != was}
+    layer = work / "layer_0.zarr/train"
+    again = {layer / side / "c.2.0" for side in ("input", "output")}
+    assert changed == (again if "zarr" in name else set())
+
+
+def test_a_damaged_ffn_of_an_interrupted_capture_is_written_again_and_not_sealed(cfg: Config):
+    wanted = files(run(cfg, None))
+    work = run(cfg, None)
+    (work / artifacts.MANIFEST).unlink()
+    flip(work / "ffn_1.safetensors")
+    run(cfg, (2, 2))
+    assert not (work / artifacts.MANIFEST).exists() or files(work) == wanted
+    assert files(run(cfg, None)) == wanted
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
 def test_a_part_makes_a_damaged_manifest_again(cfg: Config):
     wanted = files(run(cfg, None))
     work = run(cfg, None)

@@ -116,6 +116,15 @@ def test_more_experts_per_token_than_experts_is_refused(project: Path):
         (["model.embedded.d_model=72", "model.embedded.n_heads=8"], "d_model=72"),
         (["moe.per_layer=[{layers:[0],n_expertz:8}]"], "n_expertz"),
         (["moe.routing=expert_choice", "moe.capacity_factor=17"], "moe.capacity_factor=17"),
+        (["moe.routing=expert_choice", "moe.n_experts=1", "moe.top_k=1"], "moe.n_experts=1"),
+        (
+            [
+                "moe.routing=expert_choice",
+                "moe.capacity_factor=3",
+                "moe.per_layer=[{layers:[0],n_experts:2}]",
+            ],
+            "moe.capacity_factor=3.0, moe.per_layer of layers [0]: n_experts=2",
+        ),
         (["moe.routing=expert_choice", "moe.balance_bias=true"], "moe.balance_bias=true"),
         (["moe.routing=expert_choice", "moe.virtual_groups=true"], "moe.virtual_groups=true"),
         (["moe.dynamic.enabled=true", "moe.dynamic.min_d_ff=9000"], "min_d_ff=9000"),
@@ -404,6 +413,18 @@ def test_a_conversion_on_its_own_takes_its_own_settings_only():
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             compose.standalone([override])
+
+
+@pytest.mark.parametrize("name", ["2024_12_01", "0123456", "12e4567", "no", "1.0", "[a]"])
+def test_a_conversion_on_its_own_takes_a_text_as_it_is_written(name: str):
+    assert compose.standalone([f"convert.output={name}"])[0].output == name
+    assert compose.standalone([f"convert.revision={name}"])[0].revision == name
+
+
+@pytest.mark.parametrize("value", ["2024_12_01", "12e4567", "true"])
+def test_a_text_that_would_be_read_as_something_else_is_refused(project: Path, value: str):
+    assert "quote it" in str(refusal(f"model.revision={value}"))
+    assert compose.load([f'model.revision="{value}"']).model.revision == value
 
 
 def test_every_setting_says_what_it_takes():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_start import dense_ffn
 
-from pipeline.controls import OracleMoE, gap_recovery, static_plan
+from pipeline.controls import OracleMoE, gap_recovery, static_plan, unpruned
 from pipeline.ffn import DenseFFN
 from pipeline.moe import SparseMoE
 from pipeline.shape import MoEShape
@@ -105,6 +105,26 @@ def test_oracle_is_no_worse_than_a_router_that_is_certain(function, top_k):
     ours, oracle = errors(moe(x), ffn(x)), errors(OracleMoE(moe, ffn)(x), ffn(x))
     assert oracle.isfinite().all() and (oracle <= ours * 1.0001 + 1e-9).all()
     assert oracle.sum() < ours.sum()
+
+
+@torch.no_grad()
+def test_oracle_is_no_worse_than_a_router_that_chooses_by_its_balance_bias():
+    moe, ffn, x = layer(replace(SHAPE, top_k=3, balance_bias=True)), dense_ffn(), tokens()
+    moe.router.weight.mul_(0.01)
+    for seed in range(20):
+        bias = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+        moe.router.balance_bias.copy_(bias)
+        ours, oracle = errors(moe(x), ffn(x)), errors(OracleMoE(moe, ffn)(x), ffn(x))
+        assert (oracle <= ours * 1.0001 + 1e-9).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True)])
+def test_an_unpruned_control_is_the_dense_ffn(gated: bool, bias: bool):
+    ffn, x = dense_ffn(gated, bias), tokens()
+    found = unpruned(ffn)
+    torch.testing.assert_close(found(x), ffn(x))
+    assert found.shape.active_ffn_fraction == 1
 
 
 @torch.no_grad()

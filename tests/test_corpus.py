@@ -18,6 +18,8 @@ from pipeline.documents import (
     embedded_documents,
     file_documents,
     hub_documents,
+    read_documents,
+    shifted_documents,
     source_documents,
 )
 from pipeline.errors import InputError
@@ -146,8 +148,7 @@ def test_file_documents_read_txt_jsonl_and_parquet(tmp_path: Path):
     names = [str(tmp_path / name) for name in ("a.txt", "*.jsonl", "c.parquet")]
     texts = [d.text for d in file_documents(names, "body")]
     assert texts == [
-        "after a blank",
-        "first line\nsecond line",
+        "first line\nsecond line\n\nafter a blank",
         "row one",
         "row two",
         "row three",
@@ -161,6 +162,26 @@ def test_file_documents_join_lines_to_runs_and_lose_none(tmp_path: Path):
     assert "\n".join(d.text for d in read).splitlines() == lines
     assert all(RUN_CHARACTERS - 1 <= len(d.text) < 2 * RUN_CHARACTERS for d in read[:-1])
     assert len({d.source for d in read}) == len(read) > 3
+
+
+def test_rows_with_and_without_a_newline_keep_their_order(tmp_path: Path):
+    rows = ["a line\n", "the next\n", "a row of its own", "a last line\n"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    texts = [d.text for d in file_documents([str(tmp_path / "a.jsonl")], "text")]
+    assert texts == ["a line\nthe next", "a row of its own", "a last line"]
+
+
+def test_a_file_that_cannot_be_read_is_told_with_the_setting_that_names_it(tmp_path: Path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "x"\n{')
+    for name in ("broken.jsonl", "none.txt", "other.csv"):
+        files = [str(tmp_path / name)]
+        other = data_config(DataSource.files, files=["a.txt"], shifted_files=files)
+        with pytest.raises(InputError) as refusal:
+            list(shifted_documents(other))
+        assert "data.shifted_files" in refusal.value.remedy, name
+        with pytest.raises(InputError) as refusal:
+            list(read_documents(data_config(DataSource.files, files=files)))
+        assert "data.files" in refusal.value.remedy, name
 
 
 @pytest.mark.parametrize(

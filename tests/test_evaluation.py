@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,7 +53,13 @@ def rows(n: int = 6 * LENGTH, seed: int = 1) -> Tensor:
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(path: Path, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> LayerReader:
+def stored(
+    path: Path,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype = torch.float32,
+    store_url: str | None = None,
+) -> LayerReader:
     """A store whose heldout rows are these; its other splits are something else."""
     writer = LayerWriter.open(
         path,
@@ -64,12 +71,13 @@ def stored(path: Path, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32)
         shard_mb=1,
         chunk_mb=1,
         attributes={},
+        store_url=store_url,
     )
     other = torch.full((LENGTH, x.shape[1]), 7.0, dtype=dtype)
     writer.write_shard("train", 0, other, other)
     writer.write_shard("validation", 0, other, other)
     writer.write_shard("heldout", 0, x.to(dtype), y.to(dtype))
-    return LayerReader(path)
+    return LayerReader(path, store_url=store_url)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -281,6 +289,16 @@ def test_evaluate_gives_the_metrics_of_every_layer_by_its_index(two_layers: tupl
         assert metrics.keys() >= {"mse", "cosine_sim", "relative_mse", "cosine_sim_p5", "routing"}
         reader = LayerReader(captured / f"layer_{k}.zarr")
         assert metrics == evaluation.layer_metrics(layer(seed=k), reader)
+
+
+def test_evaluate_reads_rows_that_lie_in_an_object_store(two_layers: tuple[Path, Path], tmp_path):
+    apart, url = tmp_path / "apart", f"file://{tmp_path}/objects"
+    apart.mkdir()
+    for k in (2, 10):
+        stored(apart / f"layer_{k}.zarr", rows(), rows(seed=k), store_url=url)
+    with pytest.raises(ConfigError, match=r"capture\.store_url"):
+        pipeline.evaluate(two_layers[0], apart)
+    assert pipeline.evaluate(two_layers[0], apart, store_url=url) == pipeline.evaluate(*two_layers)
 
 
 def test_evaluate_of_some_layers_gives_those(two_layers: tuple[Path, Path]):
@@ -567,10 +585,12 @@ def test_the_divergence_is_that_of_the_heldout_text():
 
 def test_the_worst_layer_of_a_control_is_that_of_the_largest_error():
     layers = {
-        0: {"relative_mse": 0.2, "cosine_sim": 0.9},
-        1: {"relative_mse": 0.6, "cosine_sim": 0.5},
+        0: {"relative_mse": 0.2, "cosine_sim": 0.9, "active_ffn_fraction": 0.5},
+        1: {"relative_mse": 0.6, "cosine_sim": 0.5, "active_ffn_fraction": 1.0},
     }
-    found = control_figures(layers, {"heldout": apart(1.0), "shifted": apart(1.0)})
+    shapes = {0: SHAPE, 1: replace(SHAPE, d_ff=64)}
+    found = control_figures(layers, shapes, {"heldout": apart(1.0), "shifted": apart(1.0)})
+    assert found["active_ffn_fraction"] == pytest.approx((16 + 64) / 96)
     assert found["relative_mse"]["worst"] == 0.6 and found["cosine_sim"]["worst"] == 0.5
 
 
@@ -740,6 +760,15 @@ def test_controls_are_judged_as_the_sparse_model_is(parts: dict[str, Any]):
         gap = plain[k]["relative_mse"] - best[k]
         wanted = (plain[k]["relative_mse"] - ours[k]) / gap if gap > 0 else None
         assert recovered == (None if wanted is None else pytest.approx(wanted))
+
+
+def test_the_layers_are_judged_where_the_embedding_is_offloaded(parts: dict[str, Any]):
+    cfg = EvaluateConfig(batch_size=2, prompt="Return", new_tokens=0)
+    wanted = evaluation.measure(**parts, cfg=cfg)["metrics"]
+    cpu_offload(parts["dense"].model.embed_tokens, "cpu")
+    assert parts["dense"].device.type == "meta"
+    found = evaluation.measure(**parts, cfg=cfg)["metrics"]
+    assert found["layers"] == wanted["layers"] and found["kl"] == wanted["kl"]
 
 
 def test_without_both_controls_no_gap_is_told(parts: dict[str, Any]):

@@ -21,6 +21,7 @@ from pipeline import artifacts, assembly, checkpoint, compose, dense, durable, e
 from pipeline import heal as heal_module
 from pipeline.activations import record_ffn
 from pipeline.config import Dtype, HealConfig
+from pipeline.discovery import find_ffns
 from pipeline.errors import ArtifactError, InputError
 from pipeline.ffn import DenseFFN
 from pipeline.heal import divergence, heal_layers, rate
@@ -29,7 +30,18 @@ from pipeline.moe import SparseMoE
 from pipeline.resume import CHECKPOINT
 from pipeline.router import expert_load
 from pipeline.shape import MoEShape
-from pipeline.stages import CONVERT, DENSE, HEAL, TOKENS, TRAIN, convert, final_layers, heal
+from pipeline.stages import (
+    CAPTURE,
+    CONVERT,
+    DENSE,
+    HEAL,
+    TOKENS,
+    TRAIN,
+    convert,
+    evaluate,
+    final_layers,
+    heal,
+)
 
 PROJECT = Path(__file__).parent.parent
 SEQUENCE, BATCH = 16, 4
@@ -606,6 +618,40 @@ def test_stage_heals_the_layers_and_their_static_controls(before_heal):
         assert load_layer(HEAL / "static" / f"layer_{k}")[0].shape.n_experts == 1
     assert (HEAL / "static" / assembly.NORMS).exists()
     assert not list(HEAL.rglob(CHECKPOINT))
+
+
+def test_a_layer_without_a_static_control_is_left_dense_while_those_of_others_heal(before_heal):
+    shutil.rmtree(TRAIN / "layer_0" / "static")
+    seal(TRAIN / "layer_0", **{"train.epochs": 2})
+    heal.run(compose.load(SETTINGS))
+    assert healing_of(HEAL / "static", 1)["steps"] == 8
+    assert sorted(p.name for p in (HEAL / "static").glob("layer_*")) == ["layer_1"]
+    assert sorted(p.name for p in HEAL.glob("layer_*")) == ["layer_0", "layer_1"]
+
+
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_evaluate_puts_the_dense_ffn_where_a_layer_has_no_static_control(
+    before_heal, model, tokens
+):
+    shutil.rmtree(TRAIN / "layer_0" / "static")
+    seal(TRAIN / "layer_0", **{"train.epochs": 2})
+    heal.run(compose.load([*SETTINGS, f"heal.tokens={tokens}"]))
+    CAPTURE.mkdir()
+    slots = find_ffns(model)
+    for k in (0, 1):
+        slots[k].weights().save(CAPTURE / f"ffn_{k}.safetensors")
+    found = evaluate._controls(final_layers([0, 1]), torch.device("cpu"))["controls"]
+    x = torch.randn(5, slots[0].d_model)
+    torch.testing.assert_close(found["static"][0](x), slots[0].weights()(x))
+    place = HEAL / "static" / "layer_1" if tokens else TRAIN / "layer_1" / "static"
+    assert torch.equal(found["static"][1](x), load_layer(place)[0](x))
+    for k in (0, 1):
+        shutil.rmtree(TRAIN / f"layer_{k}" / "static", ignore_errors=True)
+    if not tokens:
+        assert (
+            "static"
+            not in evaluate._controls(final_layers([0, 1]), torch.device("cpu"))["controls"]
+        )
 
 
 @pytest.mark.slow

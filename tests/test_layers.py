@@ -15,6 +15,7 @@ from pipeline.layers import (
     CONFIG,
     HISTORY,
     WEIGHTS,
+    is_complete,
     layer_folders,
     load_layer,
     read_history,
@@ -54,6 +55,18 @@ def refusal(folder: Path) -> str:
     with pytest.raises(ArtifactError) as caught:
         load_layer(folder)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, HISTORY, CONFIG])
+def test_a_layer_that_is_damaged_is_not_complete(tmp_path: Path, name: str):
+    write_history(tmp_path, [{"step": 0, "validation_loss": 0.5}])
+    saved(tmp_path)
+    assert is_complete(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-3] + b"x,x")
+    if name == CONFIG:
+        path.unlink()
+    assert not is_complete(tmp_path) and not (tmp_path / CONFIG).exists()
 
 
 @pytest.mark.parametrize(("gated", "bias"), FAMILIES)

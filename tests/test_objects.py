@@ -325,6 +325,16 @@ def test_a_damaged_object_is_refused_by_name_and_written_again(path, url, golden
     assert contents(url) == tree(golden)
 
 
+@pytest.mark.parametrize("name", ["train/zarr.json", "train/output/zarr.json"])
+def test_a_description_that_is_damaged_and_as_long_as_before_is_written_again(
+    path, url, golden, name
+):
+    content = contents(url)[name]
+    obstore.put(raw(url), name, content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    resume(path, url)
+    assert contents(url) == tree(golden)
+
+
 def test_an_object_in_anothers_place_is_refused(tmp_path, url):
     """Uncompressed shards have equal sizes, and each is sound in itself."""
     path = tmp_path / "print" / "layer_0.zarr"

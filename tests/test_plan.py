@@ -449,6 +449,14 @@ def test_measured_times_of_another_version_are_left_out(
     assert found["train-layer_1"][1] == compose.load(["experiment=pico"])
 
 
+def test_a_time_that_cannot_be_kept_fails_no_stage(project: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workdir, "computed", {"train-layer_1": 12.5})
+    (project / ".scratch").mkdir()
+    (project / ".scratch" / measured.FOLDER).write_text("")  # no folder
+    measured.note(compose.load(["experiment=pico"]))
+    assert measured.read(project / ".scratch") == {}
+
+
 @pytest.mark.parametrize(
     ("stage", "asked"), [("heal", "heal.tokens=20000"), ("budget", "moe.budget.by=kl")]
 )

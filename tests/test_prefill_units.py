@@ -423,6 +423,8 @@ def test_the_largest_layer_decides_how_many_share_a_gpu(here: Path):
 def test_a_layer_without_a_control_stands_for_itself_before_later_controls(here: Path):
     """It runs as much as its dense FFN, so that no static control of its size is plainer."""
     whole = "moe.per_layer=[{layers:[0],n_experts:4,top_k:4,d_ff_expert:0.25}]"
+    others = here / ".scratch/windows/of-another-run/layer_1-0123"
+    others.mkdir(parents=True)
     told = subprocess.run(
         [sys.executable, "-m", "pipeline", "prefill", "train.window=1", whole],
         cwd=here,
@@ -434,3 +436,4 @@ def test_a_layer_without_a_control_stands_for_itself_before_later_controls(here:
     (second,) = here.glob(".scratch/train-layer_1/*/static/config.json")
     assert (second.parent / "layer.safetensors").is_file()
     assert not list(here.glob(".scratch/train-layer_0/*/static"))
+    assert list(here.glob(".scratch/windows/*/*")) == [others]  # its own rows are gone

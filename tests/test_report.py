@@ -25,7 +25,7 @@ FILES |= {"report.html", "README.md", "summary.txt"}
 
 def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[str, Any]:
     """What `evaluation.measure` and the manifests give; every figure differs from the others."""
-    rng = random.Random(0)
+    rng, apart = random.Random(0), random.Random(1)
 
     def share() -> float:
         return rng.uniform(0.1, 0.9)
@@ -56,6 +56,7 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
     def control() -> dict[str, Any]:
         figures = {"perplexity_ratio": texts(3), "kl": {"by_text": texts(2)}}
         means = ("cosine_sim", "relative_mse")
+        figures["active_ffn_fraction"] = apart.uniform(0.1, 0.9)
         figures |= {name: {"mean": share(), "worst": share()} for name in means}
         layers = {str(k): {name: share() for name in means} for k in range(n_layers)}
         return figures | {"layers": layers}
@@ -119,6 +120,7 @@ def content(n_layers: int = 3, n_experts: int = 4, name: str = "tiny") -> dict[s
             "dtype": "float32",
             "n_layers": n_layers,
             "d_model": 16,
+            "layers": [{"index": k, "bias": False} for k in range(n_layers)],
         },
         "licence": {},
         "speed": {},
@@ -746,6 +748,51 @@ def test_the_report_says_what_the_router_is_worth(tmp_path: Path):
     assert "loses 50% of what that loses" in (tmp_path / "README.md").read_text()
     page = html_of(tmp_path, controlled(1.07, 1.06))
     assert "here the router is worth nothing" in page
+
+
+def test_nothing_is_said_of_the_router_where_neither_loses_anything(tmp_path: Path):
+    apart = "neither loses anything that can be told apart"
+    assert apart in html_of(tmp_path, controlled(1.00001, 1.00002))
+    page = html_of(tmp_path, controlled(1.07, 1.00002))
+    assert apart not in page and "here the router is worth nothing" in page
+
+
+def test_a_layer_whose_static_control_is_the_dense_ffn_is_named(tmp_path: Path):
+    given = content()
+    assert "static is that FFN" not in html_of(tmp_path, given)
+    one = (tmp_path / "report.html").read_text()
+    given["layers"][1]["shape"] = given["layers"][1]["shape"] | {"top_k": 4}
+    page = html_of(tmp_path, given)
+    assert "In layer 1 as much is run as in the dense FFN, and static is that FFN." in page
+    assert given["layers"][0]["shape"]["top_k"] == 2 and one != page
+
+
+def test_the_card_has_the_active_share_of_each_side(tmp_path: Path):
+    given = content()
+    written(tmp_path, given)
+    card = (tmp_path / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| active neurons")]
+    metrics = given["metrics"]
+    sides = metrics["active_ffn_fraction"], metrics["controls"]["static"]["active_ffn_fraction"]
+    assert line.endswith("| 100 % | {:.1f} % | {:.1f} % |".format(*(100 * s for s in sides)))
+
+
+def test_the_dense_ffn_has_no_biases_that_compensation_gave_its_experts(tmp_path: Path):
+    def dense_of(given: dict[str, Any]) -> list[str]:
+        (row,) = [r for t in written(tmp_path, given).tables for r in t if "converted FFNs" in r[0]]
+        return row
+
+    plain, biased = content(), content()
+    for layer in biased["layers"].values():
+        layer["shape"] = layer["shape"] | {"bias": True}
+    assert dense_of(plain)[1] == dense_of(biased)[1] == pages.number(3 * 3 * 16 * 4096)
+    assert dense_of(plain)[3] != dense_of(biased)[3]
+
+
+def test_the_error_at_the_best_step_is_that_of_the_state_that_was_kept(tmp_path: Path):
+    given = content()
+    given["history"][0].insert(1, {"step": 20, "validation_relative_mse": 0.375})
+    assert written(tmp_path, given).column("at the best step") == [pages.number(0.5)] * 3
 
 
 def test_a_layer_worse_than_plain_pruning_is_named(tmp_path: Path):

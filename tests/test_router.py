@@ -146,6 +146,11 @@ def test_thresholds_take_of_their_own_rows_what_training_would():
     assert torch.equal(alone.weights_TE(), choose_tokens(found, 1.25).weights_TE())
 
 
+def test_experts_that_would_take_every_token_take_those_of_other_rows_too():
+    found = choose_tokens_alone(logits(), thresholds(logits()[:8], 6.0))
+    assert found.taken_TE().all()
+
+
 def test_no_expert_takes_a_token_below_its_threshold():
     alone = choose_tokens_alone(logits(), torch.full((6,), 2.0))
     assert isinstance(alone, ExpertChoice) and not alone.taken_TE().any()

@@ -67,6 +67,7 @@ def streams(model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 BATCH = torch.randint(100, (3, 8), generator=torch.Generator().manual_seed(1))
+PROBE = BATCH[:1]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -74,7 +75,7 @@ BATCH = torch.randint(100, (3, 8), generator=torch.Generator().manual_seed(1))
 def test_the_target_leads_the_stream_back_to_the_dense_models(kind):
     model = model_of(CONFIGS[kind]())
     wanted = streams(model, BATCH)
-    x, y = forward_behind(model, {0: layer()})(BATCH, [1])[1]
+    x, y = forward_behind(model, {0: layer()}, PROBE)(BATCH, [1])[1]
     dense = find_ffns(model)[1].weights()
     assert not torch.allclose(dense(x), y, atol=1e-2)  # the earlier layer lost something
     slots = find_ffns(model)
@@ -91,18 +92,31 @@ def test_the_target_leads_the_stream_back_to_the_dense_models(kind):
 @torch.no_grad()
 def test_layers_of_one_window_are_behind_the_same_layers():
     model = model_of(CONFIGS["adds"]())
-    both = forward_behind(model, {0: layer()})(BATCH, [1, 2])
-    alone = forward_behind(model, {0: layer()})(BATCH, [2])
+    both = forward_behind(model, {0: layer()}, PROBE)(BATCH, [1, 2])
+    alone = forward_behind(model, {0: layer()}, PROBE)(BATCH, [2])
     torch.testing.assert_close(both[2], alone[2])
-    further = forward_behind(model, {0: layer(), 1: layer(1)})(BATCH, [2])
+    further = forward_behind(model, {0: layer(), 1: layer(1)}, PROBE)(BATCH, [2])
     assert not torch.allclose(both[2][0], further[2][0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_rows_of_a_batch_do_not_depend_on_those_before_it():
+    """A capture that is continued begins with another batch."""
+    model = model_of(CONFIGS["adds a multiple"]())
+    forward = forward_behind(model, {0: layer()}, PROBE)
+    forward(BATCH[:2], [1])
+    after, first = (
+        forward(BATCH[2:], [1]),
+        forward_behind(model, {0: layer()}, PROBE)(BATCH[2:], [1]),
+    )
+    assert all(map(torch.equal, after[1], first[1]))
 
 
 def test_the_dense_model_stays_as_it_is():
     model = model_of(CONFIGS["adds"]())
     before = streams(model, BATCH)
     with torch.no_grad():
-        forward_behind(model, {0: layer()})(BATCH, [1])
+        forward_behind(model, {0: layer()}, PROBE)(BATCH, [1])
     for one, two in zip(before, streams(model, BATCH), strict=True):
         assert torch.equal(one, two)
 
@@ -110,7 +124,7 @@ def test_the_dense_model_stays_as_it_is():
 def test_behind_exact_layers_the_rows_are_those_of_the_dense_model(tmp_path: Path):
     model, rows = model_of(CONFIGS["adds"]()), {}
     blocks = {"train": BATCH, "validation": BATCH[:1]}
-    ways = {"dense": None, "behind": forward_behind(model, {})}
+    ways = {"dense": None, "behind": forward_behind(model, {}, PROBE)}
     for name, forward in ways.items():
         capture_activations(model, blocks, tmp_path / name, cfg=CONFIG, layers=[2], forward=forward)
         rows[name] = LayerReader(tmp_path / name / "layer_2.zarr").read("train")
@@ -121,7 +135,7 @@ def test_behind_exact_layers_the_rows_are_those_of_the_dense_model(tmp_path: Pat
 def test_a_model_that_norms_its_ffns_outputs_is_refused():
     model = model_of(tf.Olmo2Config(**SIZES))
     with pytest.raises(ConfigError, match="cannot be fitted in windows"), torch.no_grad():
-        forward_behind(model, {0: layer()})(BATCH, [1])
+        forward_behind(model, {0: layer()}, PROBE)(BATCH, [1])
 
 
 def test_a_layer_behind_others_than_it_was_fitted_behind_is_refused(tmp_path: Path):

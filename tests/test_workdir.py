@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -136,6 +139,74 @@ def test_damaged_finished_work_is_computed_again(out: Path):
     (work / "a.txt").write_text("contenu")
     assert len(produce(out)) == 1
     assert (out / "a.txt").read_text() == "content"
+
+
+def test_of_damaged_work_that_mends_itself_the_rest_is_kept(out: Path):
+    seen = []
+
+    def compute(folder: Path) -> None:
+        seen.append(sorted(p.name for p in folder.iterdir()))
+        for name in ("a.txt", "b.txt"):
+            if not (folder / name).exists() or (folder / name).read_text() != "content":
+                (folder / name).unlink(missing_ok=True)
+                (folder / name).write_text("content")
+
+    produce(out, compute, mends=True)
+    work = next((Path(".scratch") / "thing").iterdir())
+    kept = (work / "b.txt").stat().st_ino
+    (work / "a.txt").write_text("contenu")
+    produce(out, compute, mends=True)
+    assert seen == [[], ["a.txt", "b.txt"]] and (work / "b.txt").stat().st_ino == kept
+    assert artifacts.verify(out)["files"].keys() == {"a.txt", "b.txt"}
+
+
+def test_damaged_work_that_cannot_mend_itself_is_computed_again(out: Path):
+    def compute(folder: Path) -> None:
+        if (folder / "a.txt").exists() and (folder / "a.txt").read_text() != "content":
+            raise ArtifactError("no", rule="", remedy="")
+        (folder / "a.txt").write_text("content")
+
+    produce(out, compute, mends=True)
+    (out / "a.txt").write_text("contenu")  # a hard link
+    produce(out, compute, mends=True)
+    assert (out / "a.txt").read_text() == "content"
+    (out.parent.parent / ".scratch/thing").rename("elsewhere")
+
+    def fails(folder: Path) -> None:
+        raise ArtifactError("no", rule="", remedy="")
+
+    with pytest.raises(ArtifactError):
+        produce(out, fails, mends=True)
+
+
+def test_a_unit_right_below_the_root_is_worked_on_in_the_scratch_folder():
+    work = workdir.Work.of(Path("/sparse"), MODULE, {}, {}, Path("scratch"))
+    assert work.folder.parent == Path("scratch/sparse")
+    assert work.lock.parent == Path("scratch/locks")
+
+
+def test_who_waits_for_a_scratch_folder_that_its_holder_removes_goes_on(out: Path, tmp_path: Path):
+    """Two conversions into one output: the second finds the folder of its lock gone."""
+    began, release = threading.Event(), threading.Event()
+    scratch = tmp_path / ".sparse.scratch"
+
+    def slow(folder: Path) -> None:
+        began.set()
+        release.wait(10)
+        (folder / "a.txt").write_text("first")
+
+    def second() -> list[Path]:
+        return produce(out, scratch=scratch, lock_wait_s=10.0)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(produce, out, slow, scratch=scratch, lock_wait_s=10.0)
+        assert began.wait(10)
+        other = threads.submit(second)
+        time.sleep(0.3)
+        release.set()
+        first.result()
+        assert len(other.result()) == 1
+    assert not scratch.exists() and (out / "a.txt").read_text() == "content"
 
 
 def test_a_second_run_waits_and_then_names_the_holder(out: Path, tmp_path: Path):

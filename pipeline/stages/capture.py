@@ -75,6 +75,7 @@ def run(cfg: Config, part: Part | None = None, published: bool = True) -> Path:
             compute=compute,
             lock_wait_s=wait_s,
             published=published,
+            mends=True,
             elsewhere=None if url is None else check_objects,
         )
     return workdir.produce_part(

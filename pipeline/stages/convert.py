@@ -15,7 +15,6 @@ Run:    python -m pipeline.stages.convert [key=value ...]
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,7 +151,6 @@ def run_alone(cfg: ConvertConfig, how: RuntimeConfig) -> None:
         lock_wait_s=how.lock_wait_s,
         scratch=scratch,
     )
-    shutil.rmtree(scratch)
 
 
 def _check_output(output: Path) -> None:

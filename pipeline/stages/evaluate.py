@@ -156,7 +156,7 @@ def _controls(layers: Mapping[int, Path], device: "torch.device") -> dict[str, A
     No oracle where layers were healed: they no longer stand for the FFNs that it would ask.
     """
     from pipeline.assembly import read_norms
-    from pipeline.controls import STATIC, OracleMoE
+    from pipeline.controls import STATIC, OracleMoE, unpruned
     from pipeline.ffn import DenseFFN
     from pipeline.layers import load_layer
 
@@ -169,6 +169,8 @@ def _controls(layers: Mapping[int, Path], device: "torch.device") -> dict[str, A
         moe = load_layer(folder)[0].to(device)
         if moe.shape.capacity_factor is None and not healed:
             oracle[k] = OracleMoE(moe, DenseFFN.load(CAPTURE / f"ffn_{k}.safetensors"))
+    for k in layers.keys() - static.keys() if static else ():  # as much is run as in the dense FFN
+        static[k] = unpruned(DenseFFN.load(CAPTURE / f"ffn_{k}.safetensors")).to(device)
     every = {"static": static, "oracle": oracle}
     complete = {name: found for name, found in every.items() if len(found) == len(layers)}
     return {"controls": complete, "static_norms": read_norms(HEAL / STATIC) if healed else {}}

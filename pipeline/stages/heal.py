@@ -80,8 +80,8 @@ def _heal_all(cfg: Config, trained: Mapping[int, Path], folder: Path) -> None:
     from pipeline.controls import STATIC
 
     _heal(cfg, "heal", trained, folder)
-    static = {k: path / STATIC for k, path in trained.items()}
-    if all(path.is_dir() for path in static.values()):
+    static = {k: path / STATIC for k, path in trained.items() if (path / STATIC).is_dir()}
+    if static:  # a layer that has none keeps its dense FFN
         _heal(cfg, "heal the static control", static, folder / STATIC)
 
 
