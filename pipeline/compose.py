@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from pipeline import refusals
+from pipeline import durable, refusals
 from pipeline.config import Config, ConvertConfig, RuntimeConfig, leaves
 from pipeline.errors import ConfigError
 from pipeline.rules import check_numbers, validate
@@ -164,7 +164,7 @@ def write(overrides: list[str], to_stdout: bool) -> None:
             remedy="make the choice in conf/, use `dvc exp run -S`, or add --print",
         )
     else:
-        PARAMS.write_text(to_yaml(composed), encoding="utf-8")
+        durable.write_bytes(PARAMS, to_yaml(composed).encode())
         print(f"wrote {PARAMS}")
 
 

@@ -160,6 +160,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "d_model": slots[0].d_model,
         "n_layers": len(slots),
         "vocab_size": getattr(text, "vocab_size", None),  # a vision model has none
+        "causal": auto_class(model.config) is AutoModelForCausalLM,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": [

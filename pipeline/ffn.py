@@ -135,5 +135,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -46,7 +46,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.tokens.heldout": (1, None),
     "data.tokens.shifted": (1, None),
     "capture.shard_mb": (0.001, None),
-    "capture.chunk_mb": (0.001, None),
+    "capture.chunk_mb": (0.001, 1024),  # Blosc, and one read, end at 2 GiB
     "capture.batch_size": (1, None),
     "capture.heldout_tokens": (1, None),
     "moe.n_experts": (1, None),

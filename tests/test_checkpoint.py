@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -491,21 +492,31 @@ def test_assemble_of_what_mixtral_cannot_hold_computes_what_was_trained(name: st
 
 
 @pytest.mark.slow
-def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(tmp_path: Path):
-    """It opens through `AutoModel`, from files that name it as the base of a larger model."""
+@pytest.mark.parametrize("family", ["Bert", "Mistral"])
+def test_assemble_of_an_encoder_has_the_hidden_states_of_its_layers_in_memory(
+    tmp_path: Path, family: str
+):
+    """It opens through `AutoModel`, from files that name it as the base of a larger model.
+
+    A decoder without its head is an encoder too.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
-    config = tf.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
-    whole = tf.BertForPreTraining(config)
-    nn.init.normal_(whole.bert.encoder.layer[0].output.dense.bias)
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    kind: dict[str, Any] = {"d_ff_shared": 8}
+    if family == "Bert":
+        whole = tf.BertForPreTraining(tf.BertConfig(**sizes))
+        nn.init.normal_(whole.bert.encoder.layer[0].output.dense.bias)
+        kind |= {"activation": "gelu", "gated": False, "bias": True}
+    else:
+        whole = tf.MistralModel(tf.MistralConfig(**sizes, num_key_value_heads=2))
     whole.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     described = artifacts.read_json(tmp_path / "dense/config.json") | {
-        "architectures": ["BertModel"]
+        "architectures": [f"{family}Model"]
     }
     durable.write_json(tmp_path / "dense/config.json", described)
     model = dense.load_model(str(tmp_path / "dense"))
-    kind = {"activation": "gelu", "gated": False, "bias": True, "d_ff_shared": 8}
     for k in (0, 1):
         (tmp_path / f"layer_{k}").mkdir()
         moe = random_layer(dataclasses.replace(OWN_LAYER, **kind), seed=k)

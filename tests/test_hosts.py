@@ -434,11 +434,38 @@ def test_custom_holds_any_family_and_whatever_mixtral_refuses(family: str):
         ({"config": {"auto_map": {"AutoModel": "x.X"}}}, "code of its own"),
         ({"config": {"is_encoder_decoder": True}}, "language models and text encoders"),
         ({"vocab_size": None}, "language models and text encoders"),
+        (
+            {"causal": False, "config": {"architectures": ["LlavaForConditionalGeneration"]}},
+            "the head of LlavaForConditionalGeneration would be left out",
+        ),
     ],
 )
 def test_custom_refuses_a_dense_model_that_it_cannot_build(changes: dict, why: str):
     record = record_of("Llama")
     assert why in refusal("custom", record | changes, shapes_of(record))
+
+
+@pytest.mark.parametrize("named", ["BertModel", "BertForMaskedLM", "BertForPreTraining", None])
+def test_custom_takes_an_encoder_by_whatever_name_it_has(named: str | None):
+    record = record_of("Llama")
+    config = {**record["config"], "architectures": named and [named]}
+    assert refusal("custom", record | {"causal": False, "config": config}, shapes_of(record)) == ""
+
+
+def test_a_decoder_without_a_head_is_held_by_our_own_host_alone(tmp_path: Path):
+    config = tf.MistralConfig(**SMALL)
+    for name, held in (("MistralModel", ["custom"]), ("MistralForSequenceClassification", [])):
+        config.architectures = [name]
+        config.save_pretrained(tmp_path)
+        told = hosts.explain(dense.inspect(str(tmp_path)))
+        assert [host for host, said in told.items() if said.startswith("yes")] == held
+        assert "no head" in told["mixtral"]
+
+
+def test_the_code_of_the_dense_models_folder_is_not_named_by_a_native_checkpoint():
+    record = record_of("Llama")
+    record["config"]["auto_map"] = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    assert "auto_map" not in MIXTRAL.config(record, shapes_of(record))
 
 
 def test_custom_config_records_the_dense_model_and_every_layer_under_its_path():

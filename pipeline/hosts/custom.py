@@ -1,5 +1,6 @@
 """Our own host: the modelling file in `pipeline/modeling/`, which is saved with the checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ class Custom(Host):
             return "transformers builds the dense part of it, and this model has code of its own"
         if record["config"].get("is_encoder_decoder") or record.get("vocab_size", 0) is None:
             return "it holds language models and text encoders"
+        if not record.get("causal", True) and (heads := _heads(record["config"])):
+            return (
+                f"the head of {' and '.join(heads)} would be left out; to convert the model below "
+                "it, save that alone, with AutoModel"
+            )
         return None
 
     def stored(self, shapes: Shapes) -> dict[int, MoEShape]:
@@ -34,6 +40,15 @@ class Custom(Host):
     def layer(self, record: Record, layer: int, tensors: Tensors) -> Tensors:
         path = next(ffn["path"] for ffn in record["layers"] if ffn["index"] == layer)
         return {f"dense.{path}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _heads(config: Mapping[str, Any]) -> list[str]:
+    """Of the architectures that the configuration names: those with a head that AutoModel drops.
+
+    That of an encoder's pretraining is no loss.
+    """
+    named = [name for name in config.get("architectures") or () if "For" in name]
+    return [name for name in named if not name.endswith(("ForMaskedLM", "ForPreTraining"))]
 
 
 def _own_config(record: Record, shapes: Shapes) -> dict[str, Any]:

@@ -16,7 +16,9 @@ Shapes = Mapping[int, MoEShape]
 Tensors = dict[str, Any]
 """torch's, by name; nothing here imports torch."""
 
-NOT_KEPT = frozenset({"architectures", "model_type", "transformers_version", "_name_or_path"})
+NOT_KEPT = frozenset(
+    {"architectures", "auto_map", "model_type", "transformers_version", "_name_or_path"}
+)
 """Fields of the dense model's configuration that name the model and say nothing of it."""
 
 

@@ -98,6 +98,8 @@ class Native(Host):
     def refusal(self, record: Record, shapes: Shapes) -> str | None:
         if record["family"] not in self.families:
             return f"it holds {', '.join(self.families)}, and this is {record['family']}"
+        if not record.get("causal", True):
+            return "it predicts tokens, and this model has no head for that"
         return (
             self._dense_refusal(record)
             or next(filter(None, map(self._layer_refusal, shapes.values())), None)
