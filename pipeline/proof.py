@@ -14,6 +14,7 @@ process opens the checkpoint by the headers of its files.
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -76,6 +77,8 @@ class FreshProcess:
     def _ask(self, folder: Path, **computing: Any) -> None:
         job = json.dumps({"checkpoint": str(folder.absolute()), **computing})
         _, told = self.process.communicate(job)
+        if self.process.returncode == -signal.SIGINT:  # Ctrl-C reaches both, and it came first
+            raise KeyboardInterrupt
         if self.process.returncode:
             raise ArtifactError(
                 "The checkpoint does not open in a fresh process.",

@@ -221,8 +221,8 @@ def _is_complete(work: Path, elsewhere: Callable[[Path], object] | None, mends: 
         if elsewhere:
             elsewhere(work)
     except ArtifactError as error:
-        again = "what is damaged is computed again" if mends else "it is computed again"
-        print(f"finished work is damaged; {again}: {error}", flush=True)
+        kept = ", but for what of it is sound" if mends else ""
+        print(f"finished work is damaged and is computed again{kept}: {error}", flush=True)
         if mends:
             (work / MANIFEST).unlink()
         else:

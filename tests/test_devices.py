@@ -625,7 +625,9 @@ def test_rows_behind_sparse_layers_are_made_on_the_device(model, tmp_path, place
         with pretend_cuda() as device:
             dense = place(model) if at == "cuda" else model
             device.products.clear()
-            behind = forward_behind(dense, {0: load_layer(trained[0])[0]})
+            behind = forward_behind(
+                dense, {0: load_layer(trained[0])[0]}, test_heal.BLOCKS["train"][:1]
+            )
             with torch.inference_mode():
                 pair = behind(test_heal.BLOCKS["validation"].to(at), [1])[1]
             found.append([side.cpu() for side in pair])

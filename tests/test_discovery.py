@@ -393,7 +393,7 @@ def test_what_needs_the_weights_of_an_offloaded_layer_is_refused_by_its_name(tmp
         lambda: capture_activations(model, blocks, tmp_path / "all", cfg=CAPTURE),
         lambda: replaced(model, {0: moe, 1: moe}),
         lambda: replace_ffns(model, {1: moe}),
-        lambda: forward_behind(model, {1: moe}),
+        lambda: forward_behind(model, {1: moe}, blocks["validation"]),
     ):
         with pytest.raises(ResourceError, match=r"layer 1, model\.layers\.1\.mlp") as refusal:
             needing()

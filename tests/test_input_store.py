@@ -191,7 +191,7 @@ def test_budgets_are_judged_alike(stores: Both, model, tmp_path: Path):
 def test_rows_behind_sparse_layers_keep_their_outputs(model, tmp_path: Path):
     """They are no dense FFN's: `train.window` leads them back to the dense model's stream."""
     shape = notebook.plan_layers(model, SLICES, [0])[0]["shape"]
-    behind = forward_behind(model, {0: SparseMoE(MoEShape(**shape))})
+    behind = forward_behind(model, {0: SparseMoE(MoEShape(**shape))}, blocks()["validation"][:1])
     cfg = replace(CONFIG, store=Store.input)
     capture_activations(model, blocks(), tmp_path, layers=[2], cfg=cfg, forward=behind)
     x, y = reader(tmp_path).read("train")

@@ -1,5 +1,6 @@
 """A checkpoint is opened in a fresh process, and refused where it is not what was converted."""
 
+import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -134,6 +135,14 @@ def test_a_fresh_process_that_is_asked_nothing_ends_with_its_context():
 
 
 @pytest.mark.slow
+def test_a_fresh_process_that_was_interrupted_interrupts_its_parent(tmp_path: Path):
+    """It may hear of Ctrl-C first: the checkpoint is not to blame."""
+    with proof.FreshProcess() as fresh:
+        fresh.process.send_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.open(tmp_path)
+
+
 def test_a_fresh_process_whose_parent_is_gone_ends_by_itself():
     with proof.FreshProcess() as fresh:
         assert fresh.process.communicate("", timeout=300) == (None, "")
