@@ -179,7 +179,11 @@ def test_uniform_refuses_experts_that_are_no_multiple_of_the_groups():
 def test_uniform_refuses_virtual_groups_whose_top_k_is_no_multiple_of_the_groups():
     with pytest.raises(ConfigError, match=r"moe\.top_k=4, 8 groups") as refusal:
         plans_of(64, virtual_groups=True)
-    assert "moe.top_k=8" in refusal.value.remedy
+    assert refusal.value.remedy == "set moe.top_k=8, or moe.virtual_groups=false"
+    with pytest.raises(ConfigError) as refusal:
+        plans_of(64, virtual_groups=True, init=Init.specialist)
+    wanted = "set moe.init=slice and moe.top_k=8, or moe.virtual_groups=false"
+    assert refusal.value.remedy == wanted
     assert plans_of(64, virtual_groups=True, top_k=8)[0]["shape"]["top_k"] == 8
 
 

@@ -116,7 +116,15 @@ def test_more_experts_per_token_than_experts_is_refused(project: Path):
         (["model.embedded.d_model=72", "model.embedded.n_heads=8"], "d_model=72"),
         (["moe.per_layer=[{layers:[0],n_expertz:8}]"], "n_expertz"),
         (["moe.routing=expert_choice", "moe.capacity_factor=17"], "moe.capacity_factor=17"),
-        (["moe.routing=expert_choice", "moe.n_experts=1", "moe.top_k=1"], "moe.n_experts=1"),
+        (
+            [
+                "moe.routing=expert_choice",
+                "moe.capacity_factor=0.5",
+                "moe.n_experts=1",
+                "moe.top_k=1",
+            ],
+            "One expert has no tokens to choose",
+        ),
         (
             [
                 "moe.routing=expert_choice",
