@@ -109,8 +109,19 @@ def make(cfg: Config, record: Mapping[str, Any], free: Free | None = None) -> Pl
 def sizes_of(cfg: Config, record: Mapping[str, Any], on_gpu: bool) -> Sizes:
     shapes = budget.shapes(record, cfg.moe, cfg.model.layers)
     dtype = volume.stored_dtype(cfg.capture, record["dtype"])
-    ratios = volume.measured_ratios(CAPTURE, cfg.capture.codec, dtype)
+    ratios = volume.measured_ratios(CAPTURE, cfg.capture.codec, dtype) if _captured(cfg) else {}
     return Sizes(record, shapes, cfg, ratios, on_gpu)
+
+
+def _captured(cfg: Config) -> bool:
+    """Whether the activations that lie here are this model's: another's compress otherwise."""
+    try:
+        made_with = artifacts.read_manifest(DENSE).get("settings", {})
+    except PipelineError:
+        return False
+    return (
+        made_with.get("model.name") == cfg.model.name and made_with.get("model.id") == cfg.model.id
+    )
 
 
 def _fitted(full: Cost, least: int, free: int) -> Cost:

@@ -36,7 +36,7 @@ unknown key, a wrong type and a value out of range end with exit code 2.
 
 "Runs again" names the first stage that reads a setting. When the setting changes, that stage and
 those behind it run again and those before it are reused, in the order
-{", ".join(STAGES)}. At a dash no result depends on it.
+{", ".join(STAGES)}. At a dash nothing runs again.
 """
 
 

@@ -249,6 +249,8 @@ def test_the_ratio_of_a_store_that_is_there_corrects_the_plan(planned: Plan, run
     assert abs(planned.costs["capture"].bytes - real) > 0.04 * real
     raw = run.plan("capture.codec=none").costs["capture"]  # of another codec nothing is known
     assert raw.bytes > 1.2 * real
+    other = run.plan("model.name=another").costs["capture"]
+    assert other.bytes == planned.costs["capture"].bytes
 
 
 @pytest.mark.slow
