@@ -130,6 +130,7 @@ REASONS = {
     "takes hours",
     "is what runs this",
     "the capture is there already",
+    "takes away what other pages read",
 }
 COMMAND = re.compile(r"(python -m|dvc|make|lm_eval|pip|git) ")
 QUEUE = "dvc queue start"
